@@ -8,15 +8,25 @@ from collections.abc import Mapping
 import numpy as np, pandas as pd, torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from ..bag import concat_bags
+from ..bag import Bag, concat_bags
 from ..core import CrossFusionError, expect
 from .cohort import patients_of
 from ..survival.outcomes import to_bin
 
 # %% auto #0
-__all__ = ['PatientDataset', 'stack_items', 'patient_loader', 'patient_loaders']
+__all__ = ['bag_inputs', 'PatientDataset', 'stack_items', 'patient_loader', 'patient_loaders']
 
 # %% ../../nbs/32_data.loaders.ipynb #b2ed0849
+def bag_inputs(
+    bag:Bag, # of a slide, or of a patient
+) -> tuple: # features: mag -> (n, d) float32 tensor, and coords: mag -> (n, 2) int32 tensor
+    "What a model takes of a bag, refused where it is empty or not finite"
+    for m,f in bag.features.items():
+        expect(len(f), f'{bag.slide} {m}x', 'at least one patch', 'none', 'Leave the slide out of the table.')
+        expect(np.isfinite(f).all(), f'{bag.slide} {m}x', 'finite features', f'{int((~np.isfinite(f)).sum())} that are NaN or infinite', 'Extract the slide again.')
+    return {m: torch.from_numpy(f).float() for m,f in bag.features.items()}, {m: torch.from_numpy(c) for m,c in bag.coords.items()}
+
+# %% ../../nbs/32_data.loaders.ipynb #bdb126c5
 class PatientDataset:
     "Patients as items `((features, coords), target)`"
     def __init__(self,
@@ -33,14 +43,8 @@ class PatientDataset:
 
     def __getitem__(self, i):
         p = self.table.iloc[i]
-        bag = concat_bags([self.bags[s] for s in self.slides[p.patient]])
-        for m,f in bag.features.items():
-            expect(len(f), f'{bag.slide} {m}x', 'at least one patch', 'none', 'Leave the slide out of the table.')
-            expect(np.isfinite(f).all(), f'{bag.slide} {m}x', 'finite features', f'{int((~np.isfinite(f)).sum())} that are NaN or infinite', 'Extract the slide again.')
-        features = {m: torch.from_numpy(f).float() for m,f in bag.features.items()}
-        coords = {m: torch.from_numpy(c) for m,c in bag.coords.items()}
         target = dict(bin=torch.tensor(p.bin), event=torch.tensor(bool(p.event)), duration=torch.tensor(p.duration, dtype=torch.float32))
-        return (features, coords), target
+        return bag_inputs(concat_bags([self.bags[s] for s in self.slides[p.patient]])), target
 
 # %% ../../nbs/32_data.loaders.ipynb #014423d8
 def stack_items(

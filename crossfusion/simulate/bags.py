@@ -4,16 +4,17 @@
 
 # %% ../../nbs/02_simulate.bags.ipynb #c4599777
 from __future__ import annotations
+from pathlib import Path
 import numpy as np, pandas as pd
 from scipy.ndimage import gaussian_filter
 from scipy.stats import norm, rankdata
 from lifelines import KaplanMeierFitter
-from ..bag import Bag
-from ..core import MAGS, expect, mag_to_mpp, rng
+from ..bag import Bag, write_bag
+from ..core import MAGS, expect, mag_to_mpp, progress, rng, write_text
 
 # %% auto #0
 __all__ = ['SIGNALS', 'VISIBLE', 'simulate_followup', 'risk_from_followup', 'tissue_shares', 'tissue_maps', 'simulate_bag',
-           'simulate_cohort']
+           'simulate_cohort', 'write_cohort']
 
 # %% ../../nbs/02_simulate.bags.ipynb #ec100dcf
 def simulate_followup(
@@ -61,14 +62,13 @@ def tissue_shares(
     z:float,    # latent risk of the patient, about standard normal
     signal:str, # '20x', '5x' or 'cross'
     r,          # random generator
-) -> tuple: # tumour, atypical, both: shares of the tissue
+) -> tuple: # tumour (share of tissue), atypical within tumour, atypical outside (shares of patches)
     "What a patient's tissue is made of"
     expect(signal in SIGNALS, 'signal', ' or '.join(SIGNALS), signal)
-    z = {k: np.clip(z if k == signal else r.normal(), -2, 2) for k in SIGNALS}
-    tumour   = .5 + (.12 if signal == '5x' else .04)*z['5x']
-    atypical = .3 + (.1  if signal == '20x' else .015)*z['20x']
-    both     = .14 + .06*z['cross'] if signal == 'cross' else tumour*atypical
-    return tumour, atypical, both
+    z,extent,inside,outside = np.clip([z, *r.normal(size=3)], -2, 2)
+    if signal == '20x': return .35 + .04*extent, .4 + .17*z, .4 + .17*z
+    if signal == '5x':  return .4 + .12*z, .4 + .17*inside, .4 + .17*outside
+    return .35 + .04*extent, .4 + .17*z, .4 + .17*outside
 
 # %% ../../nbs/02_simulate.bags.ipynb #c5ec5a05
 def _highest(field, n):
@@ -76,14 +76,14 @@ def _highest(field, n):
     out = np.zeros(field.size, bool); out[np.argsort(-field.ravel(), kind='stable')[:n]] = True
     return out.reshape(field.shape)
 
-def _draw(where, n, r):
-    "`n` random places among those where `where` holds"
+def _draw(where, share, r):
+    "A share of the places where `where` holds, at random"
     rows = np.flatnonzero(where.ravel()); out = np.zeros(where.size, bool)
-    out[r.choice(rows, min(n, len(rows)), replace=False)] = True
+    out[r.choice(rows, round(share*len(rows)), replace=False)] = True
     return out.reshape(where.shape)
 
 def tissue_maps(
-    shares:tuple, # tumour, atypical, both: shares of the tissue
+    shares:tuple, # tumour, atypical within it, atypical outside
     r,            # random generator
     side:int=6,   # the slide is `side` x `side` cells of 5x
 ) -> tuple: # tissue (side, side), tumour (side, side), atypical (4 side, 4 side), all bool
@@ -93,11 +93,9 @@ def tissue_maps(
     edge = np.hypot(*(np.indices((side,side)) - (side-1)/2))/side
     tissue = _highest(field(1) - edge, n5)
     tumour = _highest(np.where(tissue, field(.8), -np.inf), round(shares[0]*n5))
-    fine = lambda m: np.kron(m, np.ones((4,4), bool))
-    n20 = 16*n5
-    inside,outside = fine(tumour), fine(tissue & ~tumour)
-    both = min(round(shares[2]*n20), inside.sum())
-    return tissue, tumour, _draw(inside, both, r) | _draw(outside, round(shares[1]*n20) - both, r)
+    finer = lambda m: np.kron(m, np.ones((2,2), bool))
+    foci = _draw(finer(tumour), shares[1], r) | _draw(finer(tissue & ~tumour), shares[2], r)
+    return tissue, tumour, finer(foci)
 
 # %% ../../nbs/02_simulate.bags.ipynb #cf1b0938
 VISIBLE = {5: (1,0), 10: (.6,.6), 20: (0,1)} # how clearly tumour and atypical cells show at each magnification
@@ -157,3 +155,14 @@ def simulate_cohort(
         effect = 1.
     table = slides[['patient','slide','duration','event','true_risk']].sort_values(['patient','slide'], ignore_index=True)
     return table, {s: simulate_bag(s, risk/effect, signal, seed=seed, **kwargs) for s,risk in zip(table.slide, table.true_risk)}
+
+# %% ../../nbs/02_simulate.bags.ipynb #9107030b
+def write_cohort(
+    out:str|Path,       # folder for cohort.csv and the bag files
+    table:pd.DataFrame, # one row per slide
+    bags:dict,          # slide -> `Bag`
+):
+    "Write a cohort's bags and, last, its table"
+    out = Path(out)
+    for slide,bag in progress(bags.items(), 'bags', unit='bag'): write_bag(out/f'{slide}.h5', bag)
+    write_text(out/'cohort.csv', table.to_csv(index=False))
