@@ -66,9 +66,9 @@ def tissue_shares(
     "What a patient's tissue is made of"
     expect(signal in SIGNALS, 'signal', ' or '.join(SIGNALS), signal)
     z,extent,inside,outside = np.clip([z, *r.normal(size=3)], -2, 2)
-    if signal == '20x': return .35 + .04*extent, .4 + .17*z, .4 + .17*z
-    if signal == '5x':  return .4 + .12*z, .4 + .17*inside, .4 + .17*outside
-    return .35 + .04*extent, .4 + .17*z, .4 + .17*outside
+    if signal == '20x': return .35 + .04*extent, .5 + .22*z, .5 + .22*z
+    if signal == '5x':  return .4 + .12*z, .5 + .22*inside, .5 + .22*outside
+    return .35 + .04*extent, .5 + .22*z, .5 + .22*outside
 
 # %% ../../nbs/02_simulate.bags.ipynb #c5ec5a05
 def _highest(field, n):
@@ -98,7 +98,7 @@ def tissue_maps(
     return tissue, tumour, finer(foci)
 
 # %% ../../nbs/02_simulate.bags.ipynb #cf1b0938
-VISIBLE = {5: (1,0), 10: (.6,.6), 20: (0,1)} # how clearly tumour and atypical cells show at each magnification
+VISIBLE = {5: (1,0), 10: (.7,.7), 20: (0,1)} # how clearly tumour and atypical cells show at each magnification
 
 def _directions(d):
     "Unit vectors for tumour and atypical cells, the same in every cohort of this width"
@@ -110,8 +110,8 @@ def simulate_bag(
     slide:str,          # name of the slide; with the seed it decides everything random
     z:float,            # the patient's latent risk, about standard normal
     signal:str='cross', # where the risk shows: '20x', '5x' or 'cross'
-    contrast:float=4.,  # length of the tumour and the atypia direction where fully visible, in noise standard deviations
-    look:float=.2,      # standard deviation of what all patches of a slide share
+    contrast:float=6.,  # length of the tumour and the atypia direction where fully visible, in noise standard deviations
+    look:float=.1,      # standard deviation of what all patches of a slide share
     n_features:int=32,  # width of a feature vector
     seed:int=0,         # the cohort's seed
 ) -> Bag:
