@@ -1,0 +1,159 @@
+"""CrossFusion and AMIL against outputs and gradients of the published program, kept beside the repository"""
+import importlib.util, json
+from pathlib import Path
+
+import pytest, torch
+from safetensors import safe_open
+
+from crossfusion.core import MAGS
+from crossfusion.models.crossfusion import CrossFusion, count_parameters, crossfusion_rules, load_published, load_renamed, rename
+from crossfusion.models.single_scale import AMIL
+from crossfusion.survival.losses import nll_survival
+
+golden = Path(__file__).resolve().parent.parent.parent/'shared'/'data'/'golden'
+needs_data = pytest.mark.skipif(not (golden/'recipe.py').exists(), reason='no data in ../shared/data/golden')
+
+cases = ['a_proj', 'b_identity_2layers', 'c_square_n10', 'd_n10_is_1', 'e_fullsize', 'f_batch2']
+amil_names = [(r'^attention_net\.0', 'embed'), (r'^classifiers', 'head'), (r'^attention_net\.2\.attention_a\.0', 'scores.value'),
+              (r'^attention_net\.2\.attention_b\.0', 'scores.gate'), (r'^attention_net\.2\.attention_c', 'scores.score'),
+              (r'^attention_net\.2\.module\.0', 'scores.value'), (r'^attention_net\.2\.module\.2', 'scores.score')]
+dense_of = dict(cross_5x='coarse_cross_attn_w', cross_20x='fine_cross_attn_w', pad_5x='coarse_pt_attn_w/post', pad_10x='source_pt_attn_w/post',
+                pad_20x='fine_pt_attn_w/post', final='final_attn_w/post')
+
+
+def recipe(*args, **kwargs):
+    "Weights and inputs that are not stored are made by the rules that lie with the data"
+    spec = importlib.util.spec_from_file_location('recipe', golden/'recipe.py')
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return torch.from_numpy(module.recipe(*args, **kwargs))
+
+
+class Case:
+    "One golden file: settings, published weights, inputs, expected tensors"
+    def __init__(self, name):
+        with safe_open(golden/f'{name}.safetensors', 'pt') as f:
+            self.tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+        c = self.config = json.loads(meta['config'])
+        seed = int(meta['seed'])
+        self.weights = self.group('weights') or {k: recipe(k, s, seed) for k,s in json.loads(meta['param_shapes']).items()}
+        shape = lambda m: (c.get('batch', 1), c[f'N{m}'], c['backbone_dim'])
+        self.features = {m: self.tensors[f'inputs/x{m}'] if f'inputs/x{m}' in self.tensors else recipe(f'x{m}', shape(m), seed, is_input=True)
+                         for m in MAGS if f'N{m}' in c}
+
+    def group(self, prefix): return {k[len(prefix)+1:]: v for k,v in self.tensors.items() if k.startswith(prefix + '/')}
+    def __getitem__(self, k): return self.tensors[k]
+
+    def crossfusion(self, **kwargs):
+        c = self.config
+        model = CrossFusion(c['backbone_dim'], c['embed_dim'], c['num_heads'], c['num_layers'], c['n_classes'], **kwargs)
+        return load_published(model, self.weights).eval()
+
+    def amil(self):
+        c = self.config
+        return load_renamed(AMIL(c['backbone_dim'], c['hidden'], c['attn_hidden'], c['n_classes'], gated=c['gate']), self.weights, amil_names)
+
+
+def close(a, b, atol): torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+def outputs_agree(model, case):
+    "Logits, hazards and survival in float32 and float64"
+    for prefix,dtype,atol in (('outputs', torch.float32, 1e-5), ('outputs_f64', torch.float64, 1e-10)):
+        model.to(dtype)
+        with torch.no_grad(): logits = model({m: x.to(dtype) for m,x in case.features.items()})
+        close(logits, case[f'{prefix}/logits'], atol)
+        close(logits.sigmoid(), case[f'{prefix}/hazards'], atol)
+        close((1 - logits.sigmoid()).cumprod(1), case[f'{prefix}/survival'], atol)
+
+
+@needs_data
+@pytest.mark.parametrize('name', cases)
+def test_crossfusion_outputs(name):
+    case = Case(f'crossfusion_{name}')
+    outputs_agree(case.crossfusion(), case)
+
+
+@needs_data
+def test_crossfusion_every_block():
+    "Where a difference starts, if there is one: tokens after each block of case a"
+    case, seen = Case('crossfusion_a_proj'), {}
+    model = case.crossfusion()
+    blocks = dict(c_lin_proj='project.5x', s_lin_proj='project.10x', f_lin_proj='project.20x', c_cross_attn='cross.5x.attn', f_cross_attn='cross.20x.attn',
+                  c_cross_attn_ln='cross.5x.norm', f_cross_attn_ln='cross.20x.norm', c_cross_attn_ffn='cross.5x.ffn', f_cross_attn_ffn='cross.20x.ffn',
+                  c_transformer_ln='pad.5x', s_transformer_ln='pad.10x', f_transformer_ln='pad.20x', conv_processor='fuse', final_ln='final', mlp_head='head')
+    for published,ours in blocks.items():
+        model.get_submodule(ours).register_forward_hook(lambda m, args, out, k=published: seen.update({k: out.detach()}))
+    model(case.features)
+    for k in blocks: close(seen[k], case[f'intermediate/{k}'], 1e-5)
+
+
+@needs_data
+@pytest.mark.parametrize('name', ['a_proj', 'd_n10_is_1'])
+def test_crossfusion_attention(name):
+    case = Case(f'crossfusion_{name}')
+    n = case.config['N10']
+    looked = case.crossfusion().attention(case.features)
+    assert sorted(looked) == sorted(dense_of)
+    for stage,by_mag in looked.items():
+        w = case[f'outputs/attn/{dense_of[stage]}'].double().mean(1).sum(1)[0]              # mean over heads, sum over queries
+        if stage == 'final': w = w[1:]                                                      # without the class token
+        if stage[:5] != 'cross': w = w[:n] + torch.cat([w[n:], torch.zeros(2*n - len(w))])  # copies back to their patches
+        (ours,) = by_mag.values()
+        close(ours.double(), w / w.sum(), 1e-6)
+
+
+@needs_data
+@pytest.mark.parametrize('name', ['censored', 'uncensored'])
+@pytest.mark.parametrize('dtype,atol', [(torch.float32, 1e-5), (torch.float64, 1e-6)])
+def test_crossfusion_gradients(name, dtype, atol):
+    "Loss and gradient of every parameter in training mode, all dropout 0"
+    case = Case(f'train_crossfusion_{name}')
+    model = case.crossfusion(dropout=0., attn_dropout=0.).to(dtype).train()
+    logits = model({m: x.to(dtype) for m,x in case.features.items()})
+    close(logits.float(), case['outputs/logits'], 1e-5)
+    loss = nll_survival(logits, case['inputs/label'], case['inputs/censorship'] == 0, alpha=case.config['alpha'])
+    close(loss.float(), case['outputs/loss'], 1e-5)
+    loss.backward()
+    grads, rules = case.group('grads'), crossfusion_rules(model)
+    params = dict(model.named_parameters())
+    assert sorted(rename(k, rules) for k in grads) == sorted(params)
+    for k,g in grads.items(): close(params[rename(k, rules)].grad.float(), g, atol)
+
+
+@needs_data
+@pytest.mark.parametrize('name', ['gated', 'plain', 'gated_fullsize'])
+def test_amil(name):
+    case = Case(f'amil_{name}')
+    outputs_agree(model := case.amil(), case)
+    close(model.float().attention(case.features)['pool'][20], case['outputs/attention'][0], 1e-6)
+
+
+@needs_data
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+@pytest.mark.parametrize('ending', ['pt', 'safetensors'])
+def test_published_files(tmp_path, prefix, ending):
+    "A file as the published program saves it, from one GPU or several"
+    from safetensors.torch import save_file
+    case = Case('crossfusion_a_proj')
+    state, path = {prefix + k: v for k,v in case.weights.items()}, tmp_path/f'weights.{ending}'
+    save_file(state, path) if ending == 'safetensors' else torch.save(state, path)
+    c = case.config
+    model = load_published(CrossFusion(c['backbone_dim'], c['embed_dim'], c['num_heads']), path).eval()
+    with torch.no_grad(): close(model(case.features), case['outputs/logits'], 1e-5)
+
+
+@needs_data
+def test_ablation_weights_are_refused():
+    "The published ablations have other blocks; their weights are not taken for the model's"
+    from crossfusion.core import CrossFusionError
+    case = Case('crossfusionconcat_a_proj')
+    with pytest.raises(CrossFusionError, match='219 weights of this CrossFusion'): load_published(CrossFusion(24, 32), case.weights)
+
+
+@pytest.mark.parametrize('n_features,count', [(2048, 24_536_584), (512, 21_386_248)])
+def test_crossfusion_parameters(n_features, count):
+    assert sum(count_parameters(CrossFusion(n_features)).values()) == count
+
+
+def test_amil_parameters():
+    assert sum(count_parameters(AMIL(2048)).values()) == 1_314_053
