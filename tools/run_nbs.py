@@ -34,7 +34,7 @@ def stable_widgets(text):
 def run(path, flags=()):
     nb = nbformat.read(path, as_version=4)
     nb.metadata.pop('widgets', None)
-    client = Client(nb, timeout=1800, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
+    client = Client(nb, timeout=1800, kernel_name='python3', coalesce_streams=True, resources={'metadata': {'path': str(path.parent)}})
     client.flags = flags
     try: client.execute()
     except CellExecutionError as e: sys.exit(f'{path}: {e}')

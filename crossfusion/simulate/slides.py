@@ -44,6 +44,7 @@ def simulate_patients(
     seed:int=0,          # another seed, other patients
 ) -> pd.DataFrame: # patient, duration, event, true_risk, tumour, atypia, atypia_outside
     "Patients with their follow-up, their true risk and what their tissue is made of"
+    expect(n_patients > 0, 'n_patients', 'at least 1', n_patients)
     r = rng(seed, 'latents')
     draw = lambda low,high: (low*(high/low)**r.random(n_patients)).round(4)
     t = pd.DataFrame(dict(patient=[f'P{i:04d}' for i in range(n_patients)], tumour=draw(*TUMOUR), atypia=draw(*ATYPIA), atypia_outside=draw(*ATYPIA)))
@@ -166,7 +167,6 @@ class SlidePlan:
     @property
     def height(self): return self.depth.shape[0]*CELL
 
-# %% ../../nbs/03_simulate.slides.ipynb #5db31403
 def _depth(tissue, tumour, r):
     "The one map that the painter needs"
     glands,cords,near = architecture(tissue.shape, r)

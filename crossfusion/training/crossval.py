@@ -23,7 +23,7 @@ from .learner import Recipe, fit_recipe, recipe_named, survival_learner
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'inner_split', 'predict_patients', 'train_fold', 'cross_validate', 'score', 'metrics_line', 'load_fold',
-           'run_folds', 'predict', 'attention']
+           'own_folds', 'predict', 'attention']
 
 # %% ../../nbs/51_training.crossval.ipynb #1736757c
 PROTOCOLS = ('nested',)
@@ -176,12 +176,13 @@ def load_fold(
     model.load_state_dict(load_file(where/'model.safetensors'))
     return model.eval(), read_json(where/'fold.json')
 
-def run_folds(
+def own_folds(
     run:RunFolder, # a run
-) -> range: # numbers of its folds
-    "The folds of a run"
+) -> dict: # slide of the run's cohort -> the folds that scored its patient
+    "Which models have not seen a slide of the cohort"
     expect((run/'folds.json').exists(), str(run.path), 'a run folder with folds.json', 'none', 'Give the folder that training wrote.')
-    return range(len(read_json(run/'folds.json')))
+    folds,cohort = read_json(run/'folds.json'), pd.read_csv(run/'cohort.csv', dtype={'patient': str, 'slide': str})
+    return {s: [k for k,f in enumerate(folds) if p in f['test']] for p,s in zip(cohort.patient, cohort.slide)}
 
 def _check_kind(run, bag):
     "A bag for a model must be of the kind that the model learned from"
@@ -190,23 +191,30 @@ def _check_kind(run, bag):
         expect(found == s[what], f'{bag.slide} for {run.path}', f'{what} {s[what]}', found, 'Extract the slide as the run\'s slides were.')
 
 # %% ../../nbs/51_training.crossval.ipynb #e5c60570
+def _as_run(run): return run if isinstance(run, RunFolder) else RunFolder(run)
+
+def _batch(bag):
+    "A bag as a batch of one"
+    return tuple({m: o[None] for m,o in x.items()} for x in bag_inputs(bag))
+
 @torch.no_grad()
 def predict(
     run:str|Path|RunFolder, # a run folder
     bags:Mapping,           # slide -> `Bag`
     slides:list=None,       # which slides; None for all
-) -> pd.DataFrame: # slide, risk (mean over folds), risk_sd, high (share of folds above their training median), s1..sk (mean)
-    "Predict new slides by all folds' models together"
-    run = run if isinstance(run, RunFolder) else RunFolder(run)
-    models,rows = [load_fold(run, k) for k in run_folds(run)], []
-    for slide in progress(list(slides or bags), 'predicting', unit='slide'):
+) -> pd.DataFrame: # slide, folds (models that spoke), risk (their mean), risk_sd, high (share above their training median), s1..sk (mean)
+    "Predict slides by all folds' models together; slides of the cohort by the models that have not seen them"
+    run = _as_run(run)
+    own,rows = own_folds(run), []
+    models = [load_fold(run, k) for k in range(len(read_json(run/'folds.json')))]
+    for slide in progress(list(bags if slides is None else slides), 'predicting', unit='slide'):
         bag = bags[slide]; _check_kind(run, bag)
-        features,coords = bag_inputs(bag)
-        features,coords = ({m: o[None] for m,o in x.items()} for x in (features,coords))
-        logits = torch.cat([m(features, coords) for m,_ in models]).float()
+        speak = [models[k] for k in own.get(slide) or range(len(models))]
+        logits = torch.cat([m(*_batch(bag)) for m,_ in speak]).float()
         risk,s = logits_to_risk(logits), logits_to_survival(logits).mean(0)
-        high = np.mean([r.item() > f['train_median'] for r,(_,f) in zip(risk, models)])
-        rows.append(dict(slide=slide, risk=risk.mean().item(), risk_sd=risk.std().item(), high=high) | {f's{i+1}': v.item() for i,v in enumerate(s)})
+        high = np.mean([r.item() > f['train_median'] for r,(_,f) in zip(risk, speak)])
+        rows.append(dict(slide=slide, folds=len(speak), risk=risk.mean().item(), risk_sd=risk.std(correction=0).item(), high=high)
+                    | {f's{i+1}': v.item() for i,v in enumerate(s)})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/51_training.crossval.ipynb #10645f8c
@@ -214,12 +222,10 @@ def predict(
 def attention(
     run:str|Path|RunFolder, # a run folder
     bag:Bag,                # of one slide
-    fold:int=None,          # one fold's model; None averages all
 ) -> dict: # stage -> mag -> (n,) importance per patch, sums to 1
     "Importance of each patch, by stage and magnification"
-    run = run if isinstance(run, RunFolder) else RunFolder(run)
+    run = _as_run(run)
     _check_kind(run, bag)
-    features,coords = bag_inputs(bag)
-    features,coords = ({m: o[None] for m,o in x.items()} for x in (features,coords))
-    maps = [load_fold(run, k)[0].attention(features, coords) for k in (run_folds(run) if fold is None else [fold])]
+    speak = own_folds(run).get(bag.slide) or range(len(read_json(run/'folds.json')))
+    maps = [load_fold(run, k)[0].attention(*_batch(bag)) for k in speak]
     return {stage: {m: np.mean([np.asarray(o[stage][m]) for o in maps], 0) for m in maps[0][stage]} for stage in maps[0]}
