@@ -18,12 +18,12 @@ from .viz.report import write_report
 from .wsi.extract import extract
 
 # %% auto #0
-__all__ = ['SIZES', 'SLIDE_PX', 'PATCH_PX', 'MODELS', 'make_bags', 'draw_heatmap', 'run_demo', 'demo_summary']
+__all__ = ['SIZES', 'PATCH_PX', 'MODELS', 'make_bags', 'draw_heatmap', 'run_demo', 'demo_summary']
 
 # %% ../nbs/68_demo.ipynb #431bbcca
-SIZES = dict(full=dict(n_patients=120, n_second=6, n_folds=5, n_epoch=15), quick=dict(n_patients=24, n_second=2, n_folds=2, n_epoch=2))
-SLIDE_PX = (2560, 2048)   # width and height of a slide: 1.3 x 1 mm of glass
-PATCH_PX = 128            # small patches: more of them on a small slide, and an encoder that is four times as fast
+SIZES = dict(full=dict(n_patients=120, n_second=6, slide_px=(2560,2048), n_folds=5, n_epoch=15),
+             quick=dict(n_patients=24, n_second=2, slide_px=(1536,1536), n_folds=2, n_epoch=2))
+PATCH_PX = 128   # small patches: more of them on a small slide, and an encoder that is four times as fast
 MODELS = dict(crossfusion=dict(embed_dim=64), amil=dict(embed_dim=64))
 
 # %% ../nbs/68_demo.ipynb #5ff16875
@@ -35,7 +35,7 @@ def make_bags(
 ) -> tuple: # the clinical table, one row per slide; and slide -> `Bag`
     "Paint slides, find tissue, lay the grid, encode the patches"
     out = Path(out)
-    simulate_slides(out/'slides', n_patients=size['n_patients'], n_second=size['n_second'], seed=seed, n_workers=n_workers, size=SLIDE_PX)
+    simulate_slides(out/'slides', n_patients=size['n_patients'], n_second=size['n_second'], seed=seed, n_workers=n_workers, size=size['slide_px'])
     log = extract(out/'slides', out/'bags', patch_px=PATCH_PX, input_px=PATCH_PX, n_workers=n_workers)
     failed = log[log.status == 'failed']
     expect(not len(failed), f'{len(failed)} slides', 'bags for all slides', '; '.join(failed.slide + ': ' + failed.reason), 'Free some space and run again.')

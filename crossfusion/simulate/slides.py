@@ -18,14 +18,14 @@ from ..core import atomic_path, expect, progress, read_json, rng, write_json, wr
 from .bags import simulate_followup
 
 # %% auto #0
-__all__ = ['TUMOUR', 'ATYPIA', 'MPP', 'CELL', 'SLIDE_PX', 'LATTICE', 'LUMEN', 'EPITHELIUM', 'GLASS', 'HAEMATOXYLIN', 'EOSIN',
-           'N_DEPTHS', 'N_SHAPES', 'N_ANGLES', 'PAINTER', 'log_burden', 'simulate_patients', 'random_field', 'highest',
-           'tissue_map', 'architecture', 'place_nuclei', 'choose_atypical', 'SlidePlan', 'plan_slide', 'stain_colors',
-           'stain_profiles', 'nucleus_stamps', 'paint_slide', 'write_slide', 'slide_table', 'simulate_slides',
-           'slide_truth']
+__all__ = ['TUMOUR', 'ATYPIA', 'OUTSIDE', 'MPP', 'CELL', 'SLIDE_PX', 'LATTICE', 'LUMEN', 'EPITHELIUM', 'GLASS', 'HAEMATOXYLIN',
+           'EOSIN', 'N_DEPTHS', 'N_SHAPES', 'N_ANGLES', 'PAINTER', 'log_burden', 'simulate_patients', 'random_field',
+           'highest', 'tissue_map', 'architecture', 'place_nuclei', 'choose_atypical', 'SlidePlan', 'plan_slide',
+           'stain_colors', 'stain_profiles', 'nucleus_stamps', 'paint_slide', 'write_slide', 'slide_table',
+           'simulate_slides', 'slide_truth']
 
 # %% ../../nbs/03_simulate.slides.ipynb #09d20da6
-TUMOUR,ATYPIA = (.15,.75), (.08,.4) # ranges of the tumour's share of the tissue, and of the atypical share of its nuclei
+TUMOUR,ATYPIA,OUTSIDE = (.15,.75), (.08,.4), (.02,.1) # ranges of the tumour's share of the tissue, of the atypical share of its nuclei, and of others
 
 def log_burden(
     tumour, # share of the tissue that is tumour
@@ -47,7 +47,7 @@ def simulate_patients(
     expect(n_patients > 0, 'n_patients', 'at least 1', n_patients)
     r = rng(seed, 'latents')
     draw = lambda low,high: (low*(high/low)**r.random(n_patients)).round(4)
-    t = pd.DataFrame(dict(patient=[f'P{i:04d}' for i in range(n_patients)], tumour=draw(*TUMOUR), atypia=draw(*ATYPIA), atypia_outside=draw(*ATYPIA)))
+    t = pd.DataFrame(dict(patient=[f'P{i:04d}' for i in range(n_patients)], tumour=draw(*TUMOUR), atypia=draw(*ATYPIA), atypia_outside=draw(*OUTSIDE)))
     t['true_risk'] = (effect*log_burden(t.tumour, t.atypia)).round(4)
     t = t.join(simulate_followup(t.true_risk, censoring, seed))
     return t[['patient','duration','event','true_risk','tumour','atypia','atypia_outside']]

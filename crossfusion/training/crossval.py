@@ -19,11 +19,11 @@ from ..data.loaders import bag_inputs, patient_loader, patient_loaders
 from ..models.registry import model_named
 from ..survival.metrics import evaluate
 from ..survival.outcomes import cut_points, logits_to_risk, logits_to_survival
-from .learner import Recipe, fit_recipe, recipe_named, survival_learner
+from .learner import Recipe, Standardised, fit_recipe, recipe_named, survival_learner
 
 # %% auto #0
-__all__ = ['PROTOCOLS', 'inner_split', 'predict_patients', 'train_fold', 'cross_validate', 'score', 'metrics_line', 'load_fold',
-           'own_folds', 'predict', 'attention']
+__all__ = ['PROTOCOLS', 'inner_split', 'predict_patients', 'new_model', 'train_fold', 'cross_validate', 'score', 'metrics_line',
+           'load_fold', 'own_folds', 'predict', 'attention']
 
 # %% ../../nbs/51_training.crossval.ipynb #1736757c
 PROTOCOLS = ('nested',)
@@ -56,8 +56,15 @@ def predict_patients(
     return pd.concat([dl.dataset.table[['patient','duration','event','bin']], pd.Series(logits_to_risk(logits).numpy(), name='risk'), s], axis=1)
 
 # %% ../../nbs/51_training.crossval.ipynb #63eef26d
+def new_model(
+    settings:dict, # of the run
+): # untrained
+    "The model that a run's settings describe, with room for the scale of its features"
+    s = settings
+    return Standardised(model_named(s['model'], n_features=s['n_features'], n_bins=s['n_bins'], **s['model_options']), s['mags'], s['n_features'])
+
 class _Bar(Callback):
-    "Move a bar by one each epoch"
+    "Moves a bar by one each epoch"
     def __init__(self, bar): self.bar = bar
     def after_epoch(self): self.bar.update()
 
@@ -84,7 +91,7 @@ def train_fold(
         p = patients_of(cohort[cohort.patient.isin(fold['train'])])
         cuts = cut_points(p.duration, p.event, s['n_bins'])
         dls = patient_loaders(cohort, bags, *inner_split(cohort, fold['train'], s['seed']), cuts)
-        model = model_named(s['model'], n_features=s['n_features'], n_bins=s['n_bins'], **s['model_options'])
+        model = new_model(s)
         learn = survival_learner(dls, model, recipe_named(Recipe(**s['recipe'])), cbs=[_Bar(bar)] if bar else [])
         with learn.no_bar(): history = fit_recipe(learn)
         train = predict_patients(model, cohort, bags, p.patient, cuts)
@@ -172,7 +179,7 @@ def load_fold(
     "A fold's model with its weights"
     s,where = run.config['settings'], run.fold(k)
     for f in ('model.safetensors','fold.json'): expect((where/f).exists(), str(where/f), 'a trained fold', 'no such file', 'Finish the training first.')
-    model = model_named(s['model'], n_features=s['n_features'], n_bins=s['n_bins'], **s['model_options'])
+    model = new_model(s)
     model.load_state_dict(load_file(where/'model.safetensors'))
     return model.eval(), read_json(where/'fold.json')
 

@@ -19,8 +19,8 @@ from ..survival.metrics import c_index
 from ..survival.outcomes import logits_to_risk
 
 # %% auto #0
-__all__ = ['RECIPES', 'GatherBags', 'ClipGradients', 'SplatInputs', 'CIndex', 'KeepBest', 'Recipe', 'recipe_named', 'life_table',
-           'base_rate_', 'survival_learner', 'fit_recipe']
+__all__ = ['RECIPES', 'GatherBags', 'ClipGradients', 'SplatInputs', 'CIndex', 'KeepBest', 'Recipe', 'recipe_named',
+           'Standardised', 'life_table', 'base_rate_', 'survival_learner', 'fit_recipe']
 
 # %% ../../nbs/50_training.learner.ipynb #0190ff5e
 class GatherBags(Callback):
@@ -85,6 +85,7 @@ class Recipe:
     clip:float=1.        # largest norm of the gradient
     alpha:float=0.       # of the loss: down-weights censored patients
     base_rate:bool=True  # start from the hazards of the training patients as a whole
+    standardise:bool=True # features with mean 0 and standard deviation 1 over the training patches
 
 RECIPES = {'default': Recipe()}
 
@@ -97,6 +98,41 @@ def recipe_named(
     fields = Recipe.__dataclass_fields__
     for k in changes: expect(k in fields, 'recipe', f'a field of {", ".join(fields)}', k)
     return replace(name if isinstance(name, Recipe) else RECIPES[name], **changes)
+
+# %% ../../nbs/50_training.learner.ipynb #9df0c3b7
+class Standardised(nn.Module):
+    "A model with its features' mean and standard deviation, learned from training patches"
+    def __init__(self,
+        model:nn.Module,   # takes (features, coords)
+        mags:tuple,        # magnifications of the bags
+        n_features:int,    # d
+    ):
+        super().__init__()
+        self.model,self.mags = model, tuple(mags)
+        for m in self.mags:
+            self.register_buffer(f'mean_{m}', torch.zeros(n_features)); self.register_buffer(f'std_{m}', torch.ones(n_features))
+
+    @property
+    def head(self): return self.model.head
+    def scaled(self, features): return {m: (f - getattr(self, f'mean_{m}'))/getattr(self, f'std_{m}') if m in self.mags else f for m,f in features.items()}
+    def forward(self, features, coords=None): return self.model(self.scaled(features), coords)
+    def attention(self, features, coords=None): return self.model.attention(self.scaled(features), coords)
+
+    @torch.no_grad()
+    def learn_scale(self,
+        features, # iterable of {mag: (n, d)}, one bag after another
+    ) -> 'Standardised':
+        "Mean and standard deviation over all patches, in one pass"
+        n,total,square = {m: 0 for m in self.mags}, {m: 0. for m in self.mags}, {m: 0. for m in self.mags}
+        for bag in features:
+            for m in self.mags:
+                f = bag[m].flatten(0, -2).double()
+                n[m] += len(f); total[m] = total[m] + f.sum(0); square[m] = square[m] + (f*f).sum(0)
+        for m in self.mags:
+            mean = total[m]/n[m]
+            std = (square[m]/n[m] - mean**2).clamp_min(0).sqrt()
+            getattr(self, f'mean_{m}').copy_(mean); getattr(self, f'std_{m}').copy_(torch.where(std > 1e-6, std, 1.))
+        return self
 
 # %% ../../nbs/50_training.learner.ipynb #aa75dca6
 def life_table(
@@ -122,13 +158,14 @@ def base_rate_(
 
 def survival_learner(
     dls:DataLoaders,  # of `(features, coords), target`, as from `patient_loaders`
-    model:nn.Module,  # `model(features, coords) -> logits (b, n_bins)`
+    model:nn.Module,  # `model(features, coords) -> logits (b, n_bins)`; a `Standardised` one learns its scale here
     recipe:str|Recipe='default', # how to train
     cbs=(),           # further fastai callbacks
     **kwargs,         # of fastai's `Learner`
 ) -> Learner:
     "A fastai Learner for survival; `fit_recipe` trains it"
     r = recipe_named(recipe)
+    if r.standardise and isinstance(model, Standardised): model.learn_scale(dls.train.dataset[i][0][0] for i in range(len(dls.train.dataset)))
     if r.base_rate: base_rate_(model, dls.train.dataset.table)
     learn = Learner(dls, model, loss_func=NLLSurvival(r.alpha), opt_func=Adam, lr=r.lr, wd=r.wd, metrics=[CIndex()],
                     cbs=[SplatInputs(), GatherBags(r.gather), ClipGradients(r.clip), KeepBest(), *cbs], **kwargs)
