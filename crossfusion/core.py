@@ -4,15 +4,15 @@
 
 # %% ../nbs/00_core.ipynb #643fbbc7
 from __future__ import annotations
-import errno, hashlib, json, os, random, socket, sys
-from contextlib import contextmanager
+import errno, hashlib, json, os, random, signal, socket, sys
+from contextlib import closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # %% auto #0
 __all__ = ['MAGS', 'MAG_COLORS', 'LOW_RISK', 'HIGH_RISK', 'mag_to_mpp', 'CrossFusionError', 'expect', 'error_line',
            'shell_errors', 'atomic_path', 'write_text', 'write_json', 'read_json', 'derive_seed', 'rng', 'set_seed',
-           'progress', 'versions', 'fingerprint', 'RunFolder']
+           'progress', 'in_parallel', 'versions', 'fingerprint', 'RunFolder']
 
 # %% ../nbs/00_core.ipynb #a130fe4b
 MAGS = (5, 10, 20) # coarse, source, fine
@@ -166,6 +166,26 @@ def progress(
     from tqdm import tqdm
     kwargs = dict(mininterval=.2 if sys.stderr.isatty() else 10, dynamic_ncols=True, file=sys.stderr) | kwargs
     return tqdm(items, desc=desc, total=total, unit=unit, **kwargs)
+
+# %% ../nbs/00_core.ipynb #538d8958
+def _leave_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+@contextmanager
+def in_parallel(
+    f,                # what to do, importable by name
+    jobs,             # tuples of its arguments
+    n_workers:int=1,  # processes
+    ordered:bool=True, # results in the order of the jobs, else as they come
+): # iterator over the results
+    "Results of `f(*job)` for each job, by `n_workers` processes"
+    jobs = list(jobs)
+    if n_workers == 1 or not jobs:
+        yield (f(*j) for j in jobs)
+        return
+    import joblib
+    work = joblib.Parallel(n_workers, backend='loky', return_as='generator' if ordered else 'generator_unordered', max_nbytes=None,
+                           idle_worker_timeout=10, initializer=_leave_ctrl_c)
+    with closing(work(joblib.delayed(f)(*j) for j in jobs)) as results: yield results
 
 # %% ../nbs/00_core.ipynb #2f048ca1
 def versions(

@@ -15,6 +15,7 @@ from .training.crossval import cross_validate, metrics_line
 from .training.learner import recipe_named
 from .viz.heatmaps import write_heatmap
 from .viz.report import write_report
+from .wsi.encoders import encoder_named
 from .wsi.extract import extract
 
 # %% auto #0
@@ -61,11 +62,12 @@ def run_demo(
     "Slides to report: paint, extract, train CrossFusion and AMIL in nested folds, judge, draw"
     out,size,n_workers = Path(out), SIZES['quick' if quick else 'full'], n_workers or os.cpu_count()
     matplotlib.use('Agg')
+    encoder_named(input_px=PATCH_PX)   # a missing package should show before any work is done
     RunFolder(out).start(dict(demo='quick' if quick else 'full', seed=seed))
     cohort,bags = make_bags(out, size, seed, n_workers)
     folds = make_folds(cohort, size['n_folds'], seed)
     for model,options in MODELS.items():
-        cross_validate(cohort, bags, out/model, model, folds, recipe=recipe_named(n_epoch=size['n_epoch']), seed=seed, n_workers=n_workers, **options)
+        cross_validate(cohort, bags, out/model, model, folds, recipe=recipe_named(n_epoch=size['n_epoch'], gather=4), seed=seed, n_workers=n_workers, **options)
     return write_report(out/'crossfusion', others=[out/'amil'], out=out/'report.html', heatmap=draw_heatmap(out),
                         title='CrossFusion demo: simulated slides, known truth')
 

@@ -4,17 +4,16 @@
 
 # %% ../../nbs/03_simulate.slides.ipynb #e185466b
 from __future__ import annotations
-from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-import joblib, numpy as np, pandas as pd, tifffile
+import os, numpy as np, pandas as pd, tifffile
 from PIL import Image
 from scipy.fft import fftfreq, irfft2, rfft2, rfftfreq
 from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 from scipy.special import expit
-from ..core import atomic_path, expect, progress, read_json, rng, write_json, write_text
+from ..core import atomic_path, expect, in_parallel, progress, read_json, rng, write_json, write_text
 from .bags import simulate_followup
 
 # %% auto #0
@@ -321,13 +320,11 @@ def simulate_slides(
     size:tuple=SLIDE_PX, # width and height of a slide in pixels
 ) -> pd.DataFrame: # one row per slide: patient, slide, duration, event, true_risk, tumour, atypia, atypia_outside
     "Paint a cohort of slides whose true risk is known; slides that are there are not painted again"
-    out,n_workers = Path(out), n_workers or joblib.cpu_count()
+    out,n_workers = Path(out), n_workers or os.cpu_count()
     table = slide_table(simulate_patients(n_patients, effect, censoring, seed), n_second)
     _own_folder(out, dict(painter=PAINTER, n_patients=n_patients, n_second=n_second, effect=effect, censoring=censoring, seed=seed, size=list(size), mpp=MPP))
     rows = [o for o in table.itertuples() if not (out/f'{o.slide}.tiff').exists()]
-    jobs = (joblib.delayed(_make_slide)(out/f'{o.slide}.tiff', pd.Series(o._asdict()), seed, size) for o in rows)
-    backend = dict(backend='loky', idle_worker_timeout=10) if n_workers > 1 else dict(backend='sequential')
-    with closing(joblib.Parallel(n_workers, return_as='generator', **backend)(jobs)) as done:
+    with in_parallel(_make_slide, ((out/f'{o.slide}.tiff', pd.Series(o._asdict()), seed, size) for o in rows), n_workers) as done:
         for _ in progress(done, 'painting slides', total=len(rows), unit='slide', disable=not rows): pass
     if not (out/'cohort.csv').exists(): write_text(out/'cohort.csv', table.to_csv(index=False))
     return table

@@ -8,11 +8,11 @@ import json, os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-import joblib, numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback
 from safetensors.torch import load_file, save_file
 from ..bag import Bag
-from ..core import CrossFusionError, RunFolder, atomic_path, expect, fingerprint, progress, read_json, set_seed, write_json, write_text
+from ..core import CrossFusionError, RunFolder, atomic_path, expect, fingerprint, in_parallel, progress, read_json, set_seed, write_json, write_text
 from ..data.bags import bags_fingerprint
 from ..data.cohort import check_folds, make_folds, match_bags, patients_of, split_patients
 from ..data.loaders import bag_inputs, patient_loader, patient_loaders
@@ -145,8 +145,9 @@ def _train_folds(run, folds, cohort, bags, n_workers):
             for k,f in enumerate(folds): train_fold(run, k, f, cohort, bags, bar=bar)
         return
     threads = max(1, os.cpu_count()//n_workers)
-    jobs = (joblib.delayed(train_fold)(run, k, f, cohort, bags, threads) for k,f in enumerate(folds))
-    for _ in progress(joblib.Parallel(n_workers, return_as='generator_unordered')(jobs), desc, len(folds), 'fold'): pass
+    todo = [k for k in range(len(folds)) if not (run.fold(k)/'predictions.csv').exists()]
+    with in_parallel(train_fold, [(run, k, folds[k], cohort, bags, threads) for k in todo], n_workers, ordered=False) as done:
+        for _ in progress(done, desc, len(folds), 'fold', initial=len(folds)-len(todo)): pass
 
 # %% ../../nbs/51_training.crossval.ipynb #317ea7ea
 def score(

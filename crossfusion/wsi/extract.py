@@ -4,11 +4,11 @@
 
 # %% ../../nbs/12_wsi.extract.ipynb #a9484e50
 from __future__ import annotations
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-import joblib, numpy as np, pandas as pd, torch
-from ..core import MAGS, CrossFusionError, RunFolder, atomic_path, error_line, expect, mag_to_mpp, progress
+import os, numpy as np, pandas as pd, torch
+from ..core import MAGS, CrossFusionError, RunFolder, atomic_path, error_line, expect, in_parallel, mag_to_mpp, progress
 from ..bag import Bag, read_bag, write_bag
 from .slides import Grid, Slide, cell_patches, patch_grid, tissue_mask
 from .encoders import check_encoder, encoder_named
@@ -154,12 +154,6 @@ def _finished(path, encoder_name, mags, patch_px, mpp):
         expect(found == wanted, str(path), f'a bag with {what} {wanted}', found, 'Give another folder, or remove this file.')
     return bag if mpp in (None, bag.mpp) else None
 
-# %% ../../nbs/12_wsi.extract.ipynb #bfa090a8
-def _in_parallel(n_workers, calls):
-    "Results of delayed calls in their order, as they come"
-    options = dict(backend='loky', idle_worker_timeout=10) if n_workers > 1 else dict(backend='sequential')
-    return closing(joblib.Parallel(n_workers, return_as='generator', max_nbytes=None, **options)(calls))
-
 # %% ../../nbs/12_wsi.extract.ipynb #3cecb8df
 def _row(path, found=None, **kwargs):
     "One row of the log; `found` is a grid or a bag"
@@ -168,8 +162,8 @@ def _row(path, found=None, **kwargs):
 def _plan_all(args, log, n_workers):
     "Grids of the slides that have one; why the others have none goes to the log"
     plans = {}
-    with _in_parallel(n_workers, (joblib.delayed(_or_reason)(p, plan_slide, *a) for p,a in args.items())) as results:
-        for r,p in zip(progress(results, 'finding tissue', total=len(args), unit='slide'), args):
+    with in_parallel(_or_reason, ((p, plan_slide, *a) for p,a in args.items()), n_workers) as results:
+        for r,p in zip(progress(results, 'finding tissue', total=len(args), unit='slide', disable=not args), args):
             if isinstance(r, str): log[p] = _row(p, status='failed', reason=r)
             else: plans[p],log[p] = r[0], _row(p, r[0], mpp_source=r[1], status='waiting')
     return plans
@@ -177,9 +171,9 @@ def _plan_all(args, log, n_workers):
 # %% ../../nbs/12_wsi.extract.ipynb #d764a590
 def _encode_all(plans, log, n_workers, spec, batch_size, out):
     "Encode piece by piece and write each slide's bag when it is complete"
-    work = (joblib.delayed(_piece)(p, g, o, spec, batch_size) for p,g in plans.items() for o in pieces(g))
+    work = [(p, g, o, spec, batch_size) for p,g in plans.items() for o in pieces(g)]
     total = sum(len(c) for g in plans.values() for c in g.coords.values())
-    with _in_parallel(n_workers, work) as results, progress(None, 'encoding', total=total, unit='patch') as bar:
+    with in_parallel(_piece, work, n_workers) as results, progress(None, 'encoding', total=total, unit='patch', disable=not work) as bar:
         for k,(p,g) in enumerate(plans.items()):
             got = []
             for o in pieces(g):
@@ -218,7 +212,7 @@ def extract(
     spec = encoder if callable(encoder) else (encoder, tuple(sorted(kwargs.items())))
     name = check_encoder(_encoder(spec), patch_px).name
     RunFolder(out).start(dict(encoder=name, mags=sorted(mags), patch_px=patch_px, min_tissue=min_tissue))
-    n_workers = n_workers or (1 if callable(encoder) else joblib.cpu_count())
+    n_workers = n_workers or (1 if callable(encoder) else os.cpu_count())
     mpp_of = lambda p: mpp.get(p.stem) if isinstance(mpp, dict) else mpp
     bags = {p: _finished(out/f'{p.stem}.h5', name, mags, patch_px, mpp_of(p)) for p in paths}
     log = {p: _row(p, b, status='skipped') if b else _row(p, status='waiting') for p,b in bags.items()}
