@@ -67,7 +67,7 @@ def run_demo(
     cohort,bags = make_bags(out, size, seed, n_workers)
     folds = make_folds(cohort, size['n_folds'], seed)
     for model,options in MODELS.items():
-        cross_validate(cohort, bags, out/model, model, folds, recipe=recipe_named(n_epoch=size['n_epoch'], gather=4), seed=seed, n_workers=n_workers, **options)
+        cross_validate(cohort, bags, out/model, model, folds, recipe=recipe_named(n_epoch=size['n_epoch']), seed=seed, n_workers=n_workers, **options)
     return write_report(out/'crossfusion', others=[out/'amil'], out=out/'report.html', heatmap=draw_heatmap(out),
                         title='CrossFusion demo: simulated slides, known truth')
 

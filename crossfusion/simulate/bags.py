@@ -98,7 +98,7 @@ def tissue_maps(
     return tissue, tumour, finer(foci)
 
 # %% ../../nbs/02_simulate.bags.ipynb #cf1b0938
-VISIBLE = {5: (1,0), 10: (.7,.7), 20: (0,1)} # how clearly tumour and atypical cells show at each magnification
+VISIBLE = {5: (1,0), 10: (.8,.8), 20: (0,1)} # how clearly tumour and atypical cells show at each magnification
 
 def _directions(d):
     "Unit vectors for tumour and atypical cells, the same in every cohort of this width"
@@ -110,7 +110,7 @@ def simulate_bag(
     slide:str,          # name of the slide; with the seed it decides everything random
     z:float,            # the patient's latent risk, about standard normal
     signal:str='cross', # where the risk shows: '20x', '5x' or 'cross'
-    contrast:float=6.,  # length of the tumour and the atypia direction where fully visible, in noise standard deviations
+    contrast:float=9.,  # length of the tumour and the atypia direction where fully visible, in noise standard deviations
     look:float=.1,      # standard deviation of what all patches of a slide share
     n_features:int=32,  # width of a feature vector
     seed:int=0,         # the cohort's seed

@@ -81,7 +81,7 @@ class Recipe:
     n_epoch:int=15       # passes over the training patients
     lr:float=3e-4        # highest learning rate of the one cycle
     wd:float=1e-2        # decoupled weight decay
-    gather:int=8         # bags in a step
+    gather:int=4         # bags in a step
     clip:float=1.        # largest norm of the gradient
     alpha:float=0.       # of the loss: down-weights censored patients
     base_rate:bool=True  # start from the hazards of the training patients as a whole
