@@ -40,7 +40,7 @@ def main():
             m = cross_validate(t, bags, out/f'{model}-{outcomes}', model, seed=args.seed, n_workers=args.n_workers, **options)
             print(f'{outcomes} outcomes, {model}: {metrics_line(m)} ({time.time()-start:.0f} s)', flush=True)
             results[f'{model}, {outcomes} outcomes'] = {k: m[k] for k in ('c_index', 'c_index_folds', 'truth')}
-    write_json(out/'signal_cross.json', dict(n=args.n, seed=args.seed, versions=versions(), results=results))
+            write_json(out/'signal_cross.json', dict(n=args.n, seed=args.seed, versions=versions(), results=results))
     print(out/'signal_cross.json')
 
 
