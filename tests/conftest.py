@@ -26,6 +26,12 @@ class Shell:
         return subprocess.CompletedProcess(cmd, p.returncode, out, err)
 
 
+def pytest_collection_modifyitems(items):
+    "Where tests run side by side, those that share the quick demo stay together, so that it is made once"
+    for o in items:
+        if 'quick_demo' in o.fixturenames: o.add_marker(pytest.mark.xdist_group('quick_demo'))
+
+
 @pytest.fixture(scope='session')
 def shell(): return Shell()
 

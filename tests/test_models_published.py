@@ -1,4 +1,4 @@
-"""CrossFusion and AMIL against outputs and gradients of the published program, kept beside the repository"""
+"""CrossFusion, its ablations and AMIL against outputs and gradients of the published program, kept beside the repository"""
 import importlib.util, json
 from pathlib import Path
 
@@ -13,7 +13,10 @@ from crossfusion.survival.losses import nll_survival
 golden = Path(__file__).resolve().parent.parent.parent/'shared'/'data'/'golden'
 needs_data = pytest.mark.skipif(not (golden/'recipe.py').exists(), reason='no data in ../shared/data/golden')
 
-cases = ['a_proj', 'b_identity_2layers', 'c_square_n10', 'd_n10_is_1', 'e_fullsize', 'f_batch2']
+cases = ['crossfusion_a_proj', 'crossfusion_b_identity_2layers', 'crossfusion_c_square_n10', 'crossfusion_d_n10_is_1', 'crossfusion_e_fullsize',
+         'crossfusion_f_batch2', 'crossfusionconcat_a_proj', 'crossfusionconcat_b_identity_2layers', 'crossfusionsingle_a_proj',
+         'crossfusionsingle_b_identity_2layers']
+ablations = dict(crossfusionconcat=dict(fusion='concat'), crossfusionsingle=dict(mags=(20,), source=20))
 amil_names = [(r'^attention_net\.0', 'embed'), (r'^classifiers', 'head'), (r'^attention_net\.2\.attention_a\.0', 'scores.value'),
               (r'^attention_net\.2\.attention_b\.0', 'scores.gate'), (r'^attention_net\.2\.attention_c', 'scores.score'),
               (r'^attention_net\.2\.module\.0', 'scores.value'), (r'^attention_net\.2\.module\.2', 'scores.score')]
@@ -31,6 +34,7 @@ def recipe(*args, **kwargs):
 class Case:
     "One golden file: settings, published weights, inputs, expected tensors"
     def __init__(self, name):
+        self.options = ablations.get(name.split('_')[0], {})
         with safe_open(golden/f'{name}.safetensors', 'pt') as f:
             self.tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
         c = self.config = json.loads(meta['config'])
@@ -45,7 +49,7 @@ class Case:
 
     def crossfusion(self, **kwargs):
         c = self.config
-        model = CrossFusion(c['backbone_dim'], c['embed_dim'], c['num_heads'], c['num_layers'], c['n_classes'], **kwargs)
+        model = CrossFusion(c['backbone_dim'], c['embed_dim'], c['num_heads'], c['num_layers'], c['n_classes'], **self.options, **kwargs)
         return load_published(model, self.weights).eval()
 
     def amil(self):
@@ -69,7 +73,7 @@ def outputs_agree(model, case):
 @needs_data
 @pytest.mark.parametrize('name', cases)
 def test_crossfusion_outputs(name):
-    case = Case(f'crossfusion_{name}')
+    case = Case(name)
     outputs_agree(case.crossfusion(), case)
 
 
@@ -100,6 +104,19 @@ def test_crossfusion_attention(name):
         if stage[:5] != 'cross': w = w[:n] + torch.cat([w[n:], torch.zeros(2*n - len(w))])  # copies back to their patches
         (ours,) = by_mag.values()
         close(ours.double(), w / w.sum(), 1e-6)
+
+
+@needs_data
+@pytest.mark.parametrize('name', ['a_proj', 'd_n10_is_1'])
+def test_crossfusion_dense_attention(name):
+    "All ten published maps"
+    case, names = Case(f'crossfusion_{name}'), {}
+    for scale,mag in (('coarse', 5), ('source', 10), ('fine', 20)):
+        names |= {f'pad_{mag}x_before': f'{scale}_pt_attn_w/pre', f'pad_{mag}x_after': f'{scale}_pt_attn_w/post'}
+    names |= dict(cross_5x='coarse_cross_attn_w', cross_20x='fine_cross_attn_w', final_before='final_attn_w/pre', final_after='final_attn_w/post')
+    maps = case.crossfusion().attention_maps(case.features)
+    assert sorted(maps) == sorted(names) and len([k for k in case.tensors if k.startswith('outputs/attn/')]) == len(names)
+    for stage,w in maps.items(): close(w, case[f'outputs/attn/{names[stage]}'], 1e-6)
 
 
 @needs_data
@@ -144,7 +161,7 @@ def test_published_files(tmp_path, prefix, ending):
 
 @needs_data
 def test_ablation_weights_are_refused():
-    "The published ablations have other blocks; their weights are not taken for the model's"
+    "An ablation has other blocks; its weights are not taken for the model's"
     from crossfusion.core import CrossFusionError
     case = Case('crossfusionconcat_a_proj')
     with pytest.raises(CrossFusionError, match='219 weights of this CrossFusion'): load_published(CrossFusion(24, 32), case.weights)

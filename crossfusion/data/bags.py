@@ -11,7 +11,7 @@ from ..bag import FORMAT, Bag, read_bag
 from ..core import CrossFusionError, expect, fingerprint
 
 # %% auto #0
-__all__ = ['bag_index', 'BagFolder', 'open_bags', 'bags_fingerprint']
+__all__ = ['bag_index', 'BagFolder', 'open_bags', 'KeptBags', 'bags_fingerprint']
 
 # %% ../../nbs/30_data.bags.ipynb #366e7d8b
 def _index_row(path):
@@ -68,6 +68,23 @@ def open_bags(
 ) -> BagFolder: # dictionary slide -> `Bag`
     "A folder of bag files as a read-only dictionary from slide to `Bag`"
     return BagFolder(folder, mags)
+
+# %% ../../nbs/30_data.bags.ipynb #0dfe3e2e
+class KeptBags(Mapping):
+    "The same bags, kept in memory once read as far as there is room"
+    def __init__(self,
+        bags:Mapping,    # slide -> `Bag`
+        room:int=2**30,  # bytes for features
+    ): self.bags,self.room,self.kept,self.used = bags, room, {}, 0
+    def __len__(self): return len(self.bags)
+    def __iter__(self): return iter(self.bags)
+    def __getstate__(self): return self.__dict__ | dict(kept={}, used=0)
+    def __getitem__(self, slide) -> Bag:
+        if slide in self.kept: return self.kept[slide]
+        bag = self.bags[slide]
+        size = sum(f.nbytes for f in bag.features.values())
+        if self.used + size <= self.room: self.kept[slide],self.used = bag, self.used + size
+        return bag
 
 # %% ../../nbs/30_data.bags.ipynb #de3e40fe
 def bags_fingerprint(

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 import numpy as np, pandas as pd
-from sklearn.model_selection import StratifiedKFold
 from ..core import CrossFusionError, derive_seed, expect
 from ..survival.outcomes import cut_points, to_bin
 
@@ -107,6 +106,7 @@ def split_patients(
     strata = np.where(rare, patients.event.to_numpy().astype(int) - 2, strata)  # rare ones are joined by event
     part = np.zeros(len(patients), int)
     import warnings
+    from sklearn.model_selection import StratifiedKFold   # slow to import, and most commands make no folds
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)   # scikit-learn warns where a stratum is smaller than the number of parts
         for k,(_,rows) in enumerate(StratifiedKFold(n_splits, shuffle=True, random_state=derive_seed(seed, 'folds')).split(strata, strata)): part[rows] = k

@@ -165,14 +165,28 @@ def importance(self:MultiHeadAttention,
     block = max(1, budget // (len(x)*self.n_heads*context.shape[1]))
     return sum((part @ k).softmax(3).sum(2).mean(1) for part in q.split(block, 2)) / x.shape[1]
 
+# %% ../../nbs/40_models.attention.ipynb #3e7fbc2f
+@patch
+@torch.no_grad()
+def weights(self:MultiHeadAttention,
+    x:Tensor,            # (b, n, d) that ask
+    context:Tensor=None, # (b, m, d) that are asked; None: `x` itself
+) -> Tensor: # (b, h, n, m), each row sums to 1
+    "The dense attention map"
+    context = x if context is None else context
+    n = len(x)*self.n_heads*x.shape[1]*context.shape[1]
+    expect(n <= 2**28, 'a dense attention map', f'at most {2**28:,} numbers (1 GiB)', f'{n:,}', 'Ask for importances, which need no map.')
+    return (self.heads(self.query(x)) @ self.heads(self.key(context)).transpose(2, 3) * (x.shape[2]/self.n_heads)**-.5).softmax(3)
+
 # %% ../../nbs/40_models.attention.ipynb #32de3bcb
 @contextmanager
 def watch(
     attns:dict, # name -> `MultiHeadAttention`
+    what=MultiHeadAttention.importance, # what to note of each, called with the attention and its inputs
 ):
-    "Inside, each pass notes in the yielded dict {name: (b, m) importance}"
+    "Inside, each pass notes in the yielded dict {name: importance (b, m)}"
     seen = {}
-    def note(name): return lambda attn, args, out: seen.update({name: attn.importance(*args)})
+    def note(name): return lambda attn, args, out: seen.update({name: what(attn, *args)})
     hooks = [a.register_forward_hook(note(name)) for name,a in attns.items()]
     try: yield seen
     finally:

@@ -10,9 +10,9 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..core import MAGS, CrossFusionError, expect
-from .attention import CrossAttentionBlock, check_bags, check_logits, evaluating, watch
-from .grid import PadTransformer, fold_back
-from .fusion import ConvProcessor
+from .attention import CrossAttentionBlock, MultiHeadAttention, check_bags, check_logits, evaluating, watch
+from .grid import PadTransformer, fold_back, raster_order, take_rows, true_places
+from .fusion import ConcatFusion, ConvProcessor
 
 # %% auto #0
 __all__ = ['published_names', 'projection', 'init_published', 'CrossFusion', 'count_parameters', 'rename', 'crossfusion_rules',
@@ -45,35 +45,48 @@ class CrossFusion(nn.Module):
         n_heads:int=4,            # attention heads, divides `embed_dim`
         n_layers:int=1,           # transformer layers before and after each position encoding
         n_bins:int=4,             # k, time bins
-        mags:tuple=MAGS,          # two or more magnifications
+        mags:tuple=MAGS,          # magnifications, usually two or more
         source:int=10,            # the one that asks the others
         dropout:float=.3,         # in feed-forward networks and fusion
         attn_dropout:float=.2,    # on the weights of self-attention
         residual:str='published', # or 'prenorm', see `TransformerLayer`
+        layout:str='published',   # where source patches lie on the map: 'published', 'raster' or 'grid'
+        fusion:str='conv',        # how the maps become one: 'conv' or 'concat'
     ):
         super().__init__()
         mags = tuple(sorted(set(mags)))
-        expect(len(mags) > 1, 'mags', 'two or more magnifications', mags)
         expect(source in mags, 'source', f'one of the magnifications {mags}', source)
         expect(n_layers > 0, 'n_layers', 'at least 1', n_layers)
-        self.n_features,self.mags,self.source = n_features,mags,source
+        expect(layout in ('published','raster','grid'), 'layout', "'published', 'raster' or 'grid'", repr(layout))
+        expect(fusion in ('conv','concat'), 'fusion', "'conv' or 'concat'", repr(fusion))
+        self.n_features,self.mags,self.source,self.layout = n_features,mags,source,layout
         self.contexts = tuple(m for m in reversed(mags) if m != source)  # finest first: the order of the maps in the fusion
         def pad(**kwargs): return PadTransformer(embed_dim, n_heads, n_layers, dropout, attn_dropout, residual, **kwargs)
         self.project = nn.ModuleDict({f'{m}x': projection(n_features, embed_dim) for m in mags})
         self.cross = nn.ModuleDict({f'{m}x': CrossAttentionBlock(embed_dim, n_heads, dropout) for m in self.contexts})
         self.pad = nn.ModuleDict({f'{m}x': pad() for m in mags})
-        self.fuse = ConvProcessor(embed_dim, len(mags), dropout)
+        self.fuse = ConvProcessor(embed_dim, len(mags), dropout) if fusion == 'conv' else ConcatFusion(embed_dim, len(mags))
         self.final = pad(class_token=True)
         self.head = nn.Linear(embed_dim, n_bins)
         self.apply(init_published)
 
+    def arrange(self, coords): # {mag: (b, n, 2)} -> order (b, n) and `Places` of the source patches, None where not needed
+        if self.layout == 'published': return None, None
+        expect(coords is not None, f'layout {self.layout!r}', 'coordinates', 'none', 'Give coords, or build the model with layout="published".')
+        c = coords[self.source]
+        return (raster_order(c), None) if self.layout == 'raster' else (None, true_places(c))
+
     def forward(self, features, coords=None): # {mag: (b, n, d)}, {mag: (b, n, 2)} -> (b, k)
         check_bags(features, coords, self.mags, self.n_features)
-        x = {m: self.project[f'{m}x'](features[m].to(self.head.weight.dtype)) for m in self.mags}
-        source = x[self.source]
+        order,places = self.arrange(coords)
+        x = {m: self.project[f'{m}x'](features[m].to(self.dtype)) for m in self.mags}
+        source = x[self.source] if order is None else take_rows(x[self.source], order)
         maps = {self.source: source} | {m: self.cross[f'{m}x'](source, x[m]) for m in self.contexts}
-        fused = self.fuse([self.pad[f'{m}x'](v) for m,v in maps.items()])
-        return check_logits(self, self.head(self.final(fused)[:,0]), features)
+        fused = self.fuse([self.pad[f'{m}x'](v, places) for m,v in maps.items()], places)
+        return check_logits(self, self.head(self.final(fused, places)[:,0].to(self.head.weight.dtype)), features)
+
+    @property
+    def dtype(self): return self.final.class_token.dtype
 
 # %% ../../nbs/43_models.crossfusion.ipynb #6594000f
 def count_parameters(
@@ -89,33 +102,50 @@ def attention(self:CrossFusion,
     coords:dict=None,  # {mag: (1, n, 2)}
 ) -> dict: # {stage: {mag: (n,)}}, each sums to 1
     "How much each patch is looked at, stage by stage, in memory linear in patches"
+    expect(len(features[self.source]) == 1, 'attention', 'one bag', f'a batch of {len(features[self.source])}')
     attns = {f'cross_{m}x': self.cross[f'{m}x'].attn for m in self.contexts}
     attns |= {f'pad_{m}x': self.pad[f'{m}x'].after[-1].attn for m in self.mags} | {'final': self.final.after[-1].attn}
     with evaluating(self), watch(attns) as seen: self(features, coords)
-    n = features[self.source].shape[1]
-    expect(len(features[self.source]) == 1, 'attention', 'one bag', f'a batch of {len(features[self.source])}')
-    def importance(stage, w): # (places,) -> (n,)
-        if not stage.startswith('cross'): w = fold_back(w[None, 1:] if stage == 'final' else w[None], n)[0]
-        return w / w.sum()
+    order,n = self.arrange(coords)[0], features[self.source].shape[1]
+    def importance(stage, w): # (1, tokens) -> (n,)
+        if not stage.startswith('cross'):
+            w = w[:,1:] if stage == 'final' else w
+            w = w if self.layout == 'grid' else fold_back(w, n)
+            w = w if order is None else torch.empty_like(w).scatter_(1, order, w)   # back into the order of the bag
+        return w[0] / w.sum()
     mag_of = {f'cross_{m}x': m for m in self.contexts}
-    return {stage: {mag_of.get(stage, self.source): importance(stage, seen[stage][0])} for stage in attns}
+    return {stage: {mag_of.get(stage, self.source): importance(stage, seen[stage])} for stage in attns}
 
-# %% ../../nbs/43_models.crossfusion.ipynb #3fc041fe
+# %% ../../nbs/43_models.crossfusion.ipynb #c385833f
+@patch
+def attention_maps(self:CrossFusion,
+    features:dict,     # {mag: (b, n, d)}
+    coords:dict=None,  # {mag: (b, n, 2)}
+) -> dict: # {stage: (b, h, asking, asked)}, rows sum to 1
+    "Dense attention maps, for small bags"
+    attns = {f'cross_{m}x': self.cross[f'{m}x'].attn for m in self.contexts}
+    for name,pad in [*((f'pad_{m}x', self.pad[f'{m}x']) for m in self.mags), ('final', self.final)]:
+        attns |= {f'{name}_before': pad.before[-1].attn, f'{name}_after': pad.after[-1].attn}
+    with evaluating(self), watch(attns, MultiHeadAttention.weights) as seen: self(features, coords)
+    return {stage: seen[stage] for stage in attns}
+
+# %% ../../nbs/43_models.crossfusion.ipynb #8c4bbbae
 published_names = [
     (r'^(module\.)+',                                ''),
-    (r'^([csf])_lin_proj',                           r'project.\1'),
+    (r'^([csf])(oarse|ource|ine)_',                  r'\1_'),
+    (r'^([csf])_(lin_proj|pre_cross_attn)',          r'project.\1'),
     (r'^([csf])_cross_attn\.scale_embeddings',       r'cross.\1.scale'),
     (r'^([csf])_cross_attn_ln',                      r'cross.\1.norm'),
     (r'^([csf])_cross_attn_ffn',                     r'cross.\1.ffn'),
     (r'^([csf])_cross_attn',                         r'cross.\1.attn'),
-    (r'^([csf])_transformer_ln',                     r'pad.\1.norm'),
+    (r'^([csf])_(transformer_)?ln',                  r'pad.\1.norm'),
     (r'^([csf])_transformer',                        r'pad.\1'),
     (r'^final_ln',                                   r'final.norm'),
     (r'^final_transformer',                          r'final'),
     (r'^cls_token$',                                 r'final.class_token'),
     (r'^mlp_head\.0',                                r'head'),
     (r'^conv_processor\.conv3d',                     r'fuse.mix'),
-    (r'^conv_processor\.linear',                     r'fuse.out'),
+    (r'^conv_processor\.linear|^pre_final_linear',   r'fuse.out'),
     (r'^conv_processor\.conv_block\.0',              r'fuse.conv'),
     (r'\.pre_layers\.layers\.',                      r'.before.'),
     (r'\.post_layers\.layers\.',                     r'.after.'),
@@ -141,12 +171,13 @@ def rename(
     return name
 
 def crossfusion_rules(
-    model:CrossFusion, # with three magnifications, the source in the middle
+    model:CrossFusion, # with three magnifications, the source in the middle, or with one
 ) -> list: # for `rename`
     "`published_names`, ending with this model's magnifications"
-    expect(len(model.mags) == 3 and model.source == model.mags[1], 'load_published',
-           'a model of three magnifications with the source in the middle', f'mags={model.mags}, source={model.source}')
-    return published_names + [(rf'^(project|cross|pad)\.{letter}\.', rf'\1.{mag}x.') for letter,mag in zip('csf', model.mags)]
+    expect(len(model.mags) == 1 or len(model.mags) == 3 and model.source == model.mags[1], 'load_published',
+           'a model of three magnifications with the source in the middle, or of one', f'mags={model.mags}, source={model.source}')
+    letters = zip('csf' if len(model.mags) == 3 else 's', model.mags)
+    return published_names + [(rf'^(project|cross|pad)\.{letter}\.', rf'\1.{mag}x.') for letter,mag in letters]
 
 # %% ../../nbs/43_models.crossfusion.ipynb #9caa12cb
 def read_weights(

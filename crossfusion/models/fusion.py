@@ -10,22 +10,35 @@ import torch.nn.functional as F
 from .grid import SumConv, to_grid, to_tokens
 
 # %% auto #0
-__all__ = ['ConvProcessor']
+__all__ = ['ConvProcessor', 'ConcatFusion']
 
 # %% ../../nbs/42_models.fusion.ipynb #764df087
 class ConvProcessor(nn.Module):
     "Merge maps of the same patches, seen at several scales, into one"
     def __init__(self,
         embed_dim:int,    # d, width of the tokens; even
-        n_maps:int=3,     # maps to merge
+        n_maps:int=3,     # maps to merge; a single one is not mixed
         dropout:float=.3, # share of channels dropped, in training only
     ):
         super().__init__()
         half = embed_dim // 2
-        self.mix = nn.Conv3d(n_maps, 1, 1)
+        self.mix = nn.Conv3d(n_maps, 1, 1) if n_maps > 1 else None
         self.conv,self.drop = SumConv(embed_dim, half, (7,5,3,1), groups=half), nn.Dropout2d(dropout)
         self.out = nn.Sequential(nn.Linear(half, embed_dim), nn.LayerNorm(embed_dim))
 
-    def forward(self, maps): # list of n_maps tensors (b, s*s, d) -> (b, s*s, d)
-        x = self.mix(torch.stack(maps, 1)[:,:,None])[:,0,0]
-        return self.out(to_tokens(self.drop(F.relu(self.conv(to_grid(x))))))
+    def forward(self, maps, places=None): # list of n_maps tensors (b, n, d) -> (b, n, d); without `places`, n is a square
+        x = self.mix(torch.stack(maps, 1)[:,:,None])[:,0,0] if self.mix else maps[0]
+        return self.out(to_tokens(self.drop(F.relu(self.conv(to_grid(x, places)))), places))
+
+# %% ../../nbs/42_models.fusion.ipynb #1472a8a8
+class ConcatFusion(nn.Module):
+    "Merge maps of the same patches by one linear map, without neighbours"
+    def __init__(self,
+        embed_dim:int,    # d, width of the tokens
+        n_maps:int=3,     # maps to merge
+    ):
+        super().__init__()
+        self.out = nn.Sequential(nn.Linear(n_maps*embed_dim, embed_dim), nn.LayerNorm(embed_dim))
+
+    def forward(self, maps, places=None): # list of n_maps tensors (b, n, d) -> (b, n, d)
+        return self.out(torch.cat(maps, 2))

@@ -4,14 +4,16 @@
 
 # %% ../../nbs/41_models.grid.ipynb #52df0ceb
 from __future__ import annotations
+from dataclasses import dataclass
 from math import isqrt
-import torch
+import numpy as np, torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from .attention import TransformerLayer
 
 # %% auto #0
-__all__ = ['grid_side', 'square_pad', 'fold_back', 'to_grid', 'to_tokens', 'SumConv', 'PPEG', 'PadTransformer']
+__all__ = ['grid_side', 'square_pad', 'fold_back', 'grid_step', 'Places', 'true_places', 'raster_order', 'to_grid', 'take_rows',
+           'to_tokens', 'SumConv', 'PPEG', 'PadTransformer']
 
 # %% ../../nbs/41_models.grid.ipynb #5ff63c25
 def grid_side(
@@ -36,19 +38,73 @@ def fold_back(
     "Add what the copies got to the tokens they are copies of"
     return w[:,:n] + F.pad(w[:,n:], (0, 2*n - w.shape[1]))
 
-# %% ../../nbs/41_models.grid.ipynb #2c0936d4
+# %% ../../nbs/41_models.grid.ipynb #c058dc90
+def grid_step(
+    coords:np.ndarray, # (n, 2) top-left corners, level-0 px
+) -> float: # px
+    "Distance between neighbouring patches"
+    along = []
+    for xy in (coords, coords[:,::-1]):
+        step = np.diff(xy[np.lexsort(xy.T)], axis=0)
+        along.append(step[step[:,1] == 0, 0])          # from one patch to the next in its row, then in its column
+    gaps = np.concatenate(along)
+    gaps = gaps[gaps > 0]
+    if not len(gaps): return max(1., float(np.ptp(coords, axis=0).max()))
+    return float(gaps[np.abs(gaps - np.median(gaps)) <= 1].mean())
+
+# %% ../../nbs/41_models.grid.ipynb #dc8ee457
+@dataclass
+class Places:
+    "Where tokens lie on a grid"
+    index:Tensor # (b, n) int64, row times width plus column
+    share:Tensor # (b, n), 1 over the number of tokens on the same place
+    height:int   # rows
+    width:int    # columns
+
+def true_places(
+    coords:Tensor, # (b, n, 2) top-left corners of the patches, level-0 px
+) -> Places:
+    "Rows and columns of patches from their coordinates"
+    rc = [np.round((c - c.min(0))/grid_step(c)).astype(np.int64)[:,::-1] for c in coords.cpu().numpy()]
+    height,width = (int(max(o[:,i].max() for o in rc)) + 1 for i in (0,1))
+    index = torch.from_numpy(np.stack([o[:,0]*width + o[:,1] for o in rc])).to(coords.device)
+    count = index.new_zeros(len(index), height*width).scatter_add_(1, index, torch.ones_like(index))
+    return Places(index, 1/count.gather(1, index), height, width)
+
+# %% ../../nbs/41_models.grid.ipynb #c799c824
+def raster_order(
+    coords:Tensor, # (b, n, 2) top-left corners, level-0 px
+) -> Tensor: # (b, n) int64
+    "The order of patches from top to bottom, in each row from left to right"
+    x,y = coords.long().unbind(-1)
+    return (y*(x.max() + 1) + x).argsort(1)
+
+# %% ../../nbs/41_models.grid.ipynb #91d0a71d
 def to_grid(
-    x:Tensor, # (b, s*s, d)
-) -> Tensor: # (b, d, s, s), a view
-    "Tokens as the pixels of a map"
+    x:Tensor,           # (b, n, d)
+    places:Places=None, # of the tokens; None: a full square, row by row
+) -> Tensor: # (b, d, height, width); a view if there are no `places`
+    "Tokens as the pixels of a map; where there is no token it is zero"
     b,n,d = x.shape
-    return x.transpose(1, 2).unflatten(2, (isqrt(n), isqrt(n)))
+    if places is None: return x.transpose(1, 2).unflatten(2, (isqrt(n), isqrt(n)))
+    empty = x.new_zeros(b, places.height*places.width, d)
+    filled = empty.scatter_add(1, places.index[...,None].expand_as(x), x*places.share[...,None].to(x.dtype))
+    return filled.transpose(1, 2).unflatten(2, (places.height, places.width))
+
+def take_rows(
+    x:Tensor,    # (b, n, d)
+    rows:Tensor, # (b, m) int64
+) -> Tensor: # (b, m, d)
+    "Rows of each bag by number"
+    return x.gather(1, rows[...,None].expand(-1, -1, x.shape[2]))
 
 def to_tokens(
-    x:Tensor, # (b, d, s, s)
-) -> Tensor: # (b, s*s, d), a view
+    x:Tensor,           # (b, d, height, width)
+    places:Places=None, # whose pixels; None for all
+) -> Tensor: # (b, n, d)
     "The pixels of a map as tokens"
-    return x.flatten(2).transpose(1, 2)
+    x = x.flatten(2).transpose(1, 2)
+    return x if places is None else take_rows(x, places.index)
 
 # %% ../../nbs/41_models.grid.ipynb #29061e70
 class SumConv(nn.Module):
@@ -79,8 +135,8 @@ class PPEG(nn.Module):
         super().__init__()
         self.conv = SumConv(embed_dim, embed_dim, groups=embed_dim)
 
-    def forward(self, x): # (b, s*s, d) -> (b, s*s, d)
-        return x + to_tokens(self.conv(to_grid(x)))
+    def forward(self, x, places=None): # (b, n, d) -> (b, n, d); without `places`, n is a square
+        return x + to_tokens(self.conv(to_grid(x, places)), places)
 
 # %% ../../nbs/41_models.grid.ipynb #5df6bd58
 class PadTransformer(nn.Module):
@@ -100,8 +156,8 @@ class PadTransformer(nn.Module):
         self.before,self.ppeg,self.after,self.norm = layers(), PPEG(embed_dim), layers(), nn.LayerNorm(embed_dim)
         self.class_token = nn.Parameter(1e-6*torch.randn(1, 1, embed_dim)) if class_token else None
 
-    def forward(self, x): # (b, n, d) -> (b, s*s, d), or (b, 1 + s*s, d) with a class token
-        x = square_pad(x)
-        if self.class_token is None: return self.norm(self.after(self.ppeg(self.before(x))))
+    def forward(self, x, places=None): # (b, n, d) -> (b, n, d) with `places`, (b, s*s, d) without; a class token comes in front
+        if places is None: x = square_pad(x)
+        if self.class_token is None: return self.norm(self.after(self.ppeg(self.before(x), places)))
         x = self.before(torch.cat([self.class_token.expand(len(x), -1, -1), x], 1))
-        return self.norm(self.after(torch.cat([x[:,:1], self.ppeg(x[:,1:])], 1)))
+        return self.norm(self.after(torch.cat([x[:,:1], self.ppeg(x[:,1:], places)], 1)))

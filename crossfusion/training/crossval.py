@@ -13,7 +13,7 @@ from fastai.callback.core import Callback
 from safetensors.torch import load_file, save_file
 from ..bag import Bag
 from ..core import CrossFusionError, RunFolder, atomic_path, expect, fingerprint, in_parallel, progress, read_json, set_seed, write_json, write_text
-from ..data.bags import bags_fingerprint
+from ..data.bags import KeptBags, bags_fingerprint
 from ..data.cohort import check_folds, make_folds, match_bags, patients_of, split_patients
 from ..data.loaders import bag_inputs, patient_loader, patient_loaders
 from ..models.registry import model_named
@@ -133,7 +133,7 @@ def cross_validate(
     use = [{side: [p for p in f[side] if p in has_bag] for side in f} for f in folds]
     run = RunFolder(out).start(_settings(found, bags, folds, model, model_options, protocol, recipe_named(recipe), n_bins, seed))
     write_json(run/'folds.json', folds); _write_table(run/'cohort.csv', cohort); _write_table(run/'missing.csv', missing)
-    _train_folds(run, use, found, bags, n_workers)
+    _train_folds(run, use, found, KeptBags(bags), n_workers)
     return score(run)
 
 def _train_folds(run, folds, cohort, bags, n_workers):
