@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #643fbbc7
 from __future__ import annotations
-import errno, hashlib, json, os, random, signal, socket, sys
+import errno, hashlib, json, os, random, signal, socket, sys, threading, time
 from contextlib import closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -168,7 +168,13 @@ def progress(
     return tqdm(items, desc=desc, total=total, unit=unit, **kwargs)
 
 # %% ../nbs/00_core.ipynb #538d8958
-def _leave_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _as_worker(parent):
+    "Leave Ctrl-C to the process that started this one, and end when it does"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def outlive():
+        while os.getppid() == parent: time.sleep(.5)
+        os._exit(1)
+    threading.Thread(target=outlive, daemon=True).start()
 
 @contextmanager
 def in_parallel(
@@ -184,7 +190,7 @@ def in_parallel(
         return
     import joblib
     work = joblib.Parallel(n_workers, backend='loky', return_as='generator' if ordered else 'generator_unordered', max_nbytes=None,
-                           idle_worker_timeout=10, initializer=_leave_ctrl_c)
+                           idle_worker_timeout=10, initializer=_as_worker, initargs=(os.getpid(),))
     with closing(work(joblib.delayed(f)(*j) for j in jobs)) as results: yield results
 
 # %% ../nbs/00_core.ipynb #2f048ca1

@@ -1,5 +1,6 @@
 "What a user may meet at the command line: Ctrl-C, no permission, a full disk, a missing package"
-import os, shutil, signal, subprocess, time
+import os, shutil, signal, subprocess, sys, time
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +72,25 @@ def test_stopped_and_resumed_is_the_same(shell, quick_demo, tmp_path):
     same = [p for p in names(out) if p.suffix in ('.tif', '.tiff', '.h5', '.safetensors') or p.name == 'predictions.csv']
     assert len({p.suffix for p in same}) == 4
     for p in same: assert (out/p).read_bytes() == (quick_demo/p).read_bytes(), p
+
+
+@pytest.mark.skipif(not Path('/proc').exists(), reason='there is no /proc to see processes in')
+def test_workers_of_a_killed_program_end(tmp_path):
+    "SIGKILL leaves no time to end them"
+    script = f"""import os, time
+from crossfusion.core import in_parallel
+def work(i):
+    open({str(tmp_path)!r} + f'/{{os.getpid()}}', 'w').close()
+    time.sleep(60)
+with in_parallel(work, [(0,), (1,)], 2) as done: list(done)"""
+    p = subprocess.Popen([sys.executable, '-c', script])
+    running = lambda: [int(f.name) for f in tmp_path.iterdir() if Path(f'/proc/{f.name}').exists()]
+    end = time.time() + 60
+    try:
+        while len(running()) < 2: assert p.poll() is None and time.time() < end; time.sleep(.1)
+    finally: p.kill(); p.wait()
+    end = time.time() + 20
+    while running(): assert time.time() < end, 'workers go on'; time.sleep(.1)
 
 
 # Places that cannot be written to

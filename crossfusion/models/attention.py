@@ -5,6 +5,8 @@
 # %% ../../nbs/40_models.attention.ipynb #7bdd4ea1
 from __future__ import annotations
 from contextlib import contextmanager
+from copy import deepcopy
+from itertools import product
 from math import isqrt
 import torch
 from torch import nn, Tensor
@@ -14,7 +16,7 @@ from ..core import MAGS, expect, derive_seed
 
 # %% auto #0
 __all__ = ['toy_batch', 'check_bags', 'check_logits', 'MultiHeadAttention', 'FeedForward', 'TransformerLayer',
-           'CrossAttentionBlock', 'watch', 'evaluating']
+           'CrossAttentionBlock', 'watch', 'evaluating', 'blocked_attention', 'FusedAttention']
 
 # %% ../../nbs/40_models.attention.ipynb #3541090f
 def toy_batch(
@@ -124,13 +126,14 @@ class TransformerLayer(nn.Module):
     ):
         super().__init__()
         expect(residual in ('published','prenorm'), 'residual', "'published' or 'prenorm'", repr(residual))
-        self.prenorm = residual == 'prenorm'
+        self.prenorm,self.first = residual == 'prenorm', None
         self.norm1,self.attn = nn.LayerNorm(embed_dim), MultiHeadAttention(embed_dim, n_heads, attn_dropout)
         self.norm2,self.ffn = nn.LayerNorm(embed_dim), FeedForward(embed_dim, dropout)
 
     def forward(self, x): # (b, n, d) -> (b, n, d)
         y = self.norm1(x)
-        x = (x if self.prenorm else y) + self.attn(y)
+        x,ask = x[:,:self.first], y[:,:self.first]                # all tokens, unless only the first are wanted
+        x = (x if self.prenorm else ask) + (self.attn(y) if self.first is None else self.attn(ask, y))
         y = self.norm2(x)
         return (x if self.prenorm else y) + self.ffn(y)
 
@@ -203,3 +206,43 @@ def evaluating(
         with torch.no_grad(): yield model.eval()
     finally:
         for m,training in modes: m.training = training
+
+# %% ../../nbs/40_models.attention.ipynb #f6f4b734
+def blocked_attention(
+    q:Tensor,      # (b, h, n, c) queries
+    k:Tensor,      # (b, h, m, c) keys
+    v:Tensor,      # (b, h, m, c) values
+    block:int=512, # queries at a time
+) -> Tensor: # (b, n, h*c)
+    "Attention by matrix multiplications, a block of queries at a time; without gradients"
+    b,h,n,c = q.shape
+    out,q = q.new_empty(b, n, h, c), q*c**-.5
+    scores = q.new_empty(min(block, n), k.shape[2]); shares = torch.empty_like(scores)
+    for i,j in product(range(b), range(h)):
+        for start in range(0, n, block):
+            rows,size = slice(start, start+block), min(block, n-start)
+            torch.mm(q[i,j,rows], k[i,j].T, out=scores[:size])
+            torch.softmax(scores[:size], 1, out=shares[:size])
+            torch.mm(shares[:size], v[i,j], out=out[i,rows,j])
+    return out.flatten(2)
+
+# %% ../../nbs/40_models.attention.ipynb #06f8f73a
+class FusedAttention(nn.Module):
+    "A trained `MultiHeadAttention`, for prediction only"
+    def __init__(self,
+        attn:MultiHeadAttention, # whose weights are copied
+    ):
+        super().__init__()
+        self.n_heads,parts = attn.n_heads, (attn.query, attn.key, attn.value)
+        self.weight,self.bias = (nn.Parameter(torch.cat([getattr(l, w).detach() for l in parts]), requires_grad=False) for w in ('weight','bias'))
+        self.out = deepcopy(attn.out).requires_grad_(False)
+
+    def project(self, x, first, last): # (b, n, d) -> those of queries 0, keys 1, values 2 from `first` to `last`, each (b, h, n, d/h)
+        rows = slice(first*x.shape[2], (last+1)*x.shape[2])
+        y = F.linear(x, self.weight[rows], self.bias[rows]).unflatten(2, (last-first+1, self.n_heads, -1))
+        return y.permute(2, 0, 3, 1, 4)
+
+    def forward(self, x, context=None): # (b, n, d), (b, m, d) -> (b, n, d)
+        q,k,v = self.project(x, 0, 2) if context is None else (*self.project(x, 0, 0), *self.project(context, 1, 2))
+        if x.device.type == 'cpu' and x.dtype == torch.bfloat16: return self.out(blocked_attention(q, k, v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))

@@ -5,18 +5,19 @@
 # %% ../../nbs/43_models.crossfusion.ipynb #89f2c38f
 from __future__ import annotations
 import pickle, re
+from copy import deepcopy
 from pathlib import Path
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..core import MAGS, CrossFusionError, expect
-from .attention import CrossAttentionBlock, MultiHeadAttention, check_bags, check_logits, evaluating, watch
-from .grid import PadTransformer, fold_back, raster_order, take_rows, true_places
+from .attention import CrossAttentionBlock, FusedAttention, MultiHeadAttention, check_bags, check_logits, evaluating, watch
+from .grid import MergedConv, PadTransformer, SumConv, fold_back, raster_order, take_rows, true_places
 from .fusion import ConcatFusion, ConvProcessor
 
 # %% auto #0
-__all__ = ['published_names', 'projection', 'init_published', 'CrossFusion', 'count_parameters', 'rename', 'crossfusion_rules',
-           'read_weights', 'load_renamed', 'load_published']
+__all__ = ['published_names', 'projection', 'init_published', 'CrossFusion', 'count_parameters', 'has_bfloat16', 'rename',
+           'crossfusion_rules', 'read_weights', 'load_renamed', 'load_published']
 
 # %% ../../nbs/43_models.crossfusion.ipynb #82ef598f
 def projection(
@@ -95,13 +96,42 @@ def count_parameters(
     "How many parameters each block of a model has"
     return {name: sum(p.numel() for p in m.parameters()) for name,m in model.named_children()}
 
+# %% ../../nbs/43_models.crossfusion.ipynb #21b4d8e6
+def has_bfloat16() -> bool:
+    "Whether this CPU multiplies matrices in bfloat16 by instructions of its own"
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+def _exchange(module, kind, new):
+    "Put `new(part)` in place of every part of a kind"
+    for name,part in module.named_children():
+        if isinstance(part, kind): setattr(module, name, new(part))
+        else: _exchange(part, kind, new)
+
+@patch
+def fast(self:CrossFusion,
+    dtype:torch.dtype=None, # torch.float32 is exact to 1e-5, torch.bfloat16 to 5e-3; None chooses by the processor
+) -> CrossFusion: # in evaluation mode, cannot be trained
+    "A copy for prediction, as fast as this machine can"
+    m = deepcopy(self).eval().requires_grad_(False)
+    _exchange(m, MultiHeadAttention, FusedAttention)
+    _exchange(m, SumConv, MergedConv)
+    m.final.after[-1].first = 1
+    dtype = dtype or (torch.bfloat16 if self.head.weight.is_cuda or has_bfloat16() else torch.float32)
+    m.to(dtype).head = deepcopy(self.head).requires_grad_(False).to(torch.promote_types(dtype, torch.float32))
+    return m
+
 # %% ../../nbs/43_models.crossfusion.ipynb #15d11527
+@patch
+def _can_be_watched(self:CrossFusion):
+    expect(self.final.after[-1].first is None, 'attention', 'a model as it was trained', 'its fast copy', 'Ask the original.')
+
 @patch
 def attention(self:CrossFusion,
     features:dict,     # {mag: (1, n, d)}, one bag
     coords:dict=None,  # {mag: (1, n, 2)}
 ) -> dict: # {stage: {mag: (n,)}}, each sums to 1
     "How much each patch is looked at, stage by stage, in memory linear in patches"
+    self._can_be_watched()
     expect(len(features[self.source]) == 1, 'attention', 'one bag', f'a batch of {len(features[self.source])}')
     attns = {f'cross_{m}x': self.cross[f'{m}x'].attn for m in self.contexts}
     attns |= {f'pad_{m}x': self.pad[f'{m}x'].after[-1].attn for m in self.mags} | {'final': self.final.after[-1].attn}
@@ -123,6 +153,7 @@ def attention_maps(self:CrossFusion,
     coords:dict=None,  # {mag: (b, n, 2)}
 ) -> dict: # {stage: (b, h, asking, asked)}, rows sum to 1
     "Dense attention maps, for small bags"
+    self._can_be_watched()
     attns = {f'cross_{m}x': self.cross[f'{m}x'].attn for m in self.contexts}
     for name,pad in [*((f'pad_{m}x', self.pad[f'{m}x']) for m in self.mags), ('final', self.final)]:
         attns |= {f'{name}_before': pad.before[-1].attn, f'{name}_after': pad.after[-1].attn}

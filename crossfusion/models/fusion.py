@@ -23,11 +23,11 @@ class ConvProcessor(nn.Module):
         super().__init__()
         half = embed_dim // 2
         self.mix = nn.Conv3d(n_maps, 1, 1) if n_maps > 1 else None
-        self.conv,self.drop = SumConv(embed_dim, half, (7,5,3,1), groups=half), nn.Dropout2d(dropout)
+        self.conv,self.drop = SumConv(embed_dim, half, (7,5,3,1)), nn.Dropout2d(dropout)
         self.out = nn.Sequential(nn.Linear(half, embed_dim), nn.LayerNorm(embed_dim))
 
     def forward(self, maps, places=None): # list of n_maps tensors (b, n, d) -> (b, n, d); without `places`, n is a square
-        x = self.mix(torch.stack(maps, 1)[:,:,None])[:,0,0] if self.mix else maps[0]
+        x = sum(w*m for w,m in zip(self.mix.weight.flatten(), maps)) + self.mix.bias if self.mix else maps[0]
         return self.out(to_tokens(self.drop(F.relu(self.conv(to_grid(x, places)))), places))
 
 # %% ../../nbs/42_models.fusion.ipynb #1472a8a8

@@ -13,7 +13,7 @@ from .attention import TransformerLayer
 
 # %% auto #0
 __all__ = ['grid_side', 'square_pad', 'fold_back', 'grid_step', 'Places', 'true_places', 'raster_order', 'to_grid', 'take_rows',
-           'to_tokens', 'SumConv', 'PPEG', 'PadTransformer']
+           'to_tokens', 'own_channels_conv', 'SumConv', 'MergedConv', 'PPEG', 'PadTransformer']
 
 # %% ../../nbs/41_models.grid.ipynb #5ff63c25
 def grid_side(
@@ -107,24 +107,42 @@ def to_tokens(
     return x if places is None else take_rows(x, places.index)
 
 # %% ../../nbs/41_models.grid.ipynb #29061e70
+def own_channels_conv(
+    x:Tensor,      # (b, n_out*r, h, w)
+    kernel:Tensor, # (n_out, r, s, s), s odd
+    bias:Tensor,   # (n_out,)
+) -> Tensor: # (b, n_out, h, w)
+    "Convolution in which each output channel reads `r` input channels of its own"
+    n_out,r,s,_ = kernel.shape
+    y = F.conv2d(x, kernel.reshape(n_out*r, 1, s, s), bias if r == 1 else None, padding=s//2, groups=n_out*r)
+    return y if r == 1 else y.unflatten(1, (n_out, r)).sum(2) + bias[:,None,None]
+
+# %% ../../nbs/41_models.grid.ipynb #8fcd23a5
 class SumConv(nn.Module):
-    "Convolutions of several sizes, summed, run as one"
+    "Convolutions of several sizes, summed, run as one; each output channel has its own input channels"
     def __init__(self,
-        n_in:int,            # channels in
+        n_in:int,            # channels in, a multiple of `n_out`
         n_out:int,           # channels out
         sizes:tuple=(7,5,3), # odd kernel sizes, largest first
-        groups:int=1,        # as in `nn.Conv2d`
     ):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(n_in, n_out, s, padding=s//2, groups=groups) for s in sizes)
+        self.convs = nn.ModuleList(nn.Conv2d(n_in, n_out, s, padding=s//2, groups=n_out) for s in sizes)
 
-    def kernel(self): # (n_out, n_in/groups, s, s)
+    def kernel(self): # (n_out, n_in/n_out, s, s)
         half = [c.padding[0] for c in self.convs]
         return sum(F.pad(c.weight, [half[0]-h]*4) for c,h in zip(self.convs, half))
 
-    def forward(self, x): # (b, n_in, h, w) -> (b, n_out, h, w)
-        c = self.convs[0]
-        return F.conv2d(x, self.kernel(), sum(c.bias for c in self.convs), padding=c.padding, groups=c.groups)
+    def bias(self): return sum(c.bias for c in self.convs) # (n_out,)
+    def forward(self, x): return own_channels_conv(x, self.kernel(), self.bias()) # (b, n_in, h, w) -> (b, n_out, h, w)
+
+class MergedConv(nn.Module):
+    "A trained `SumConv` with its kernels summed once and for all, for prediction only"
+    def __init__(self,
+        conv:SumConv, # whose kernels are summed
+    ):
+        super().__init__()
+        self.weight,self.bias = (nn.Parameter(o.detach().clone(), requires_grad=False) for o in (conv.kernel(), conv.bias()))
+    def forward(self, x): return own_channels_conv(x, self.weight, self.bias)
 
 # %% ../../nbs/41_models.grid.ipynb #20572541
 class PPEG(nn.Module):
@@ -133,7 +151,7 @@ class PPEG(nn.Module):
         embed_dim:int, # d, width of the tokens
     ):
         super().__init__()
-        self.conv = SumConv(embed_dim, embed_dim, groups=embed_dim)
+        self.conv = SumConv(embed_dim, embed_dim)
 
     def forward(self, x, places=None): # (b, n, d) -> (b, n, d); without `places`, n is a square
         return x + to_tokens(self.conv(to_grid(x, places)), places)

@@ -68,7 +68,8 @@ def tissue_shares(
     z,extent,inside,outside = np.clip([z, *r.normal(size=3)], -2, 2)
     if signal == '20x': return .35 + .04*extent, .5 + .22*z, .5 + .22*z
     if signal == '5x':  return .4 + .12*z, .5 + .22*inside, .5 + .22*outside
-    return .35 + .04*extent, .5 + .22*z, .5 + .22*outside
+    lean = .35/.65                                       # as much fewer outside as there are more inside
+    return .35 + .04*extent, .5 + .22*z, .5 + .22*np.clip((1-lean**2)**.5*outside - lean*z, -2, 2)
 
 # %% ../../nbs/02_simulate.bags.ipynb #c5ec5a05
 def _highest(field, n):
