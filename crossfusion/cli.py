@@ -107,12 +107,13 @@ def predict(
     run:str,    # a run folder
     bags:str,   # folder of bag files
     out:str='', # CSV file to write; default prints the table
+    fast:bool=False, # as fast as this machine can; hazards may move by some thousandths
 ):
     "Predict slides with all folds of a run together"
     from crossfusion.core import write_text
     from crossfusion.data.bags import open_bags
     from crossfusion.training.crossval import predict
-    table = predict(run, open_bags(bags))
+    table = predict(run, open_bags(bags), fast=fast)
     write_text(out, table.to_csv(index=False, float_format='%.6g')) if out else print(table.to_string(index=False))
 
 @command

@@ -15,7 +15,9 @@ from .single_scale import AMIL
 __all__ = ['models', 'model_names', 'model_named']
 
 # %% ../../nbs/47_models.registry.ipynb #92a420f5
-models = dict(crossfusion=CrossFusion, amil=AMIL, amil_plain=partial(AMIL, gated=False), amil_all=partial(AMIL, mags=MAGS))
+models = dict(crossfusion=CrossFusion, crossfusion_grid=partial(CrossFusion, layout='grid'), crossfusion_concat=partial(CrossFusion, fusion='concat'),
+              crossfusion_single=partial(CrossFusion, mags=(20,), source=20),
+              amil=AMIL, amil_plain=partial(AMIL, gated=False), amil_all=partial(AMIL, mags=MAGS))
 
 def model_names() -> list: # of `str`
     "The models that `model_named` knows"

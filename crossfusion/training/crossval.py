@@ -210,11 +210,13 @@ def predict(
     run:str|Path|RunFolder, # a run folder
     bags:Mapping,           # slide -> `Bag`
     slides:list=None,       # which slides; None for all
+    fast:bool=False,        # True: as fast as this machine can, see `CrossFusion.fast`; hazards may move by some thousandths
 ) -> pd.DataFrame: # slide, folds (models that spoke), risk (their mean), risk_sd, high (share above their training median), s1..sk (mean)
     "Predict slides by all folds' models together; slides of the cohort by the models that have not seen them"
     run = _as_run(run)
     own,rows = own_folds(run), []
     models = [load_fold(run, k) for k in range(len(read_json(run/'folds.json')))]
+    if fast: models = [(m.fast(), f) for m,f in models]
     for slide in progress(list(bags if slides is None else slides), 'predicting', unit='slide'):
         bag = bags[slide]; _check_kind(run, bag)
         speak = [models[k] for k in own.get(slide) or range(len(models))]

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/50_training.learner.ipynb #86f49030
 from __future__ import annotations
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 import numpy as np, pandas as pd, torch
 from torch import nn
@@ -117,6 +118,11 @@ class Standardised(nn.Module):
     def scaled(self, features): return {m: (f - getattr(self, f'mean_{m}'))/getattr(self, f'std_{m}') if m in self.mags else f for m,f in features.items()}
     def forward(self, features, coords=None): return self.model(self.scaled(features), coords)
     def attention(self, features, coords=None): return self.model.attention(self.scaled(features), coords)
+
+    def fast(self, dtype=None): # a copy for prediction, see `CrossFusion.fast`; a model without one stays as it is
+        new = deepcopy(self).eval()
+        if hasattr(new.model, 'fast'): new.model = new.model.fast(dtype)
+        return new
 
     @torch.no_grad()
     def learn_scale(self,
