@@ -3,7 +3,7 @@
 400 simulated patients whose risk is the share of atypical cells inside tumour architecture; nested 5-fold cross-validation,
 default recipe, per patient. Then the same with shuffled outcomes, where nothing may be found.
 
-    python benchmarks/signal_cross.py --seed 1   # a cohort on which nothing was tuned; seed 0 is the one the defaults were settled on
+    python benchmarks/signal_cross.py --seed 1   # the stored result; the defaults were settled on seed 0
     python benchmarks/signal_cross.py --n 100    # smaller
 """
 import argparse, json, os, tempfile, time

@@ -20,17 +20,26 @@ def pair_counts(
     event,        # (n,) bool, True = death observed
     risk,         # (n,) higher is worse
     weights=None, # (b, n) how often each patient counts, b times over; default once
+    death_weights=None, # (n,) how often a pair counts by the one who died first; default once
 ) -> tuple: # (b,) pairs in the right order, ties half, and (b,) pairs that can be judged
     "Count pairs of patients of whom one is known to have died first"
     w = np.ones((1,len(risk))) if weights is None else weights
-    died = np.flatnonzero(event)
+    own = np.where(event, 1. if death_weights is None else death_weights, 0.)
+    day = 2*np.unique(duration, return_inverse=True)[1] + ~event       # on one day the censored lived longer, the other dead did not
+    _,r = np.unique(risk, return_inverse=True)
+    n_r,parts = r.max(initial=0) + 1, 1 + len(w)*len(r)//2**22         # parts keep memory small
     right,comparable = np.zeros(len(w)), np.zeros(len(w))
-    for rows in np.array_split(died, 1 + len(died)*len(risk)//2**20):
-        d,r = duration[rows,None], risk[rows,None]
-        longer = (duration > d) | ((duration == d) & ~event)
-        won = longer*((risk < r) + .5*(risk == r))
-        right += (w[:,rows]*(w @ won.T)).sum(1)
-        comparable += (w[:,rows]*(w @ longer.T)).sum(1)
+    for digit in range(int(day.max(initial=0)).bit_length()):
+        higher,late = day >> digit+1, (day >> digit & 1).astype(bool)
+        i,j = np.flatnonzero(~late & event), np.flatnonzero(late)
+        j = j[np.argsort(higher[j]*n_r + r[j], kind='stable')]
+        code,ask = higher[j]*n_r + r[j], higher[i]*n_r
+        start,below,upto,end = (np.searchsorted(code, ask + o, side) for o,side in ((0,'left'), (r[i],'left'), (r[i],'right'), (n_r,'left')))
+        for rows in np.array_split(np.arange(len(w)), parts):
+            upper = np.concatenate([np.zeros((len(rows),1)), np.cumsum(w[rows][:,j], 1)], 1)
+            mine = w[rows][:,i]*own[i]
+            right[rows] += (mine*((upper[:,below] + upper[:,upto])/2 - upper[:,start])).sum(1)
+            comparable[rows] += (mine*(upper[:,end] - upper[:,start])).sum(1)
     return right, comparable
 
 # %% ../../nbs/22_survival.metrics.ipynb #f67d735e
