@@ -27,7 +27,7 @@ class ConvProcessor(nn.Module):
         self.out = nn.Sequential(nn.Linear(half, embed_dim), nn.LayerNorm(embed_dim))
 
     def forward(self, maps, places=None): # list of n_maps tensors (b, n, d) -> (b, n, d); without `places`, n is a square
-        x = sum(w*m for w,m in zip(self.mix.weight.flatten(), maps)) + self.mix.bias if self.mix else maps[0]
+        x = sum(w*m for w,m in zip(self.mix.weight.flatten(), maps, strict=True)) + self.mix.bias if self.mix else maps[0]
         return self.out(to_tokens(self.drop(F.relu(self.conv(to_grid(x, places)))), places))
 
 # %% ../../nbs/42_models.fusion.ipynb #1472a8a8
