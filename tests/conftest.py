@@ -26,6 +26,7 @@ class Shell:
         return subprocess.CompletedProcess(cmd, p.returncode, out, err)
 
 
+@pytest.hookimpl(tryfirst=True) # before the names are read by which tests are grouped
 def pytest_collection_modifyitems(items):
     "Where tests run side by side, those that share the quick demo stay together, so that it is made once"
     for o in items:
