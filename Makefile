@@ -41,7 +41,7 @@ demo: setup ## the whole job on simulated slides, with a report at the end; a se
 # Two notebooks at a time, each with one thread, and tests alike: with two each they wait for one another and take many times longer
 test: setup ## run all notebooks and all tests
 	@OMP_NUM_THREADS=1 $(bin)/nbdev_test --n_workers 2 --do_print --timing
-	@OMP_NUM_THREADS=1 $(bin)/python -m pytest tests -n 2 --dist loadgroup $(ARGS)
+	@OMP_NUM_THREADS=1 $(bin)/python -m pytest tests -n 2 --dist worksteal $(ARGS)
 
 bench: setup ## all benchmarks
 	@set -e; for f in benchmarks/*.py; do echo "== $$f"; $(bin)/python "$$f" $(ARGS); done

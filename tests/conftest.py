@@ -3,6 +3,7 @@ import os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root/'tools'))
@@ -26,21 +27,18 @@ class Shell:
         return subprocess.CompletedProcess(cmd, p.returncode, out, err)
 
 
-@pytest.hookimpl(tryfirst=True) # before the names are read by which tests are grouped
-def pytest_collection_modifyitems(items):
-    "Where tests run side by side, those that share the quick demo stay together, so that it is made once"
-    for o in items:
-        if 'quick_demo' in o.fixturenames: o.add_marker(pytest.mark.xdist_group('quick_demo'))
-
-
 @pytest.fixture(scope='session')
 def shell(): return Shell()
 
 
 @pytest.fixture(scope='session')
 def quick_demo(shell, tmp_path_factory):
-    "The folder of one undisturbed `crossfusion_demo --quick`, made once; do not change it"
-    out = tmp_path_factory.mktemp('quick')/'demo'
-    r = shell.run(shell.command('crossfusion_demo', '--quick', '--out', out))
-    assert r.returncode == 0, r.stderr
-    return out
+    "The folder of one undisturbed `crossfusion_demo --quick`, made once for all that test side by side; do not change it"
+    shared = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ: shared = shared.parent
+    with FileLock(shared/'quick.lock'):
+        if not (shared/'quick'/'done').exists():
+            r = shell.run(shell.command('crossfusion_demo', '--quick', '--out', shared/'quick'/'demo'))
+            assert r.returncode == 0, r.stderr
+            (shared/'quick'/'done').touch()
+    return shared/'quick'/'demo'
