@@ -74,7 +74,7 @@ def train(
     cohort:str,          # clinical table: patient, slide, duration (months), event; or a TCGA table
     bags:str,            # folder of bag files
     out:str,             # the run folder
-    model:str='crossfusion', # crossfusion or amil
+    model:str='crossfusion', # crossfusion, amil, or another of `model_names()`
     splits:str='',       # folder with splits_0.csv ...; default five folds of our own
     n_folds:int=5,       # folds, without --splits
     embed_dim:int=512,   # width of the model

@@ -46,7 +46,7 @@ def test_real_followup_and_published_folds(shell, tmp_path):
     assert '373 patients, 437 slides' in said
     run = tmp_path/'run'
     ok(shell, 'crossfusion_train', tmp_path/'bags'/'cohort.csv', tmp_path/'bags', run, '--splits', data/'tcga'/'splits'/'tcga_blca',
-       '--model', 'amil', '--embed_dim', 32, '--n_epoch', 3, '--n_workers', 2)
+       '--model', 'amil', '--embed_dim', 32, '--n_epoch', 2, '--n_workers', 2)
     p = pd.read_csv(run/'predictions.csv')
     assert len(p) == p.patient.nunique() == 373
     for k in range(5):
