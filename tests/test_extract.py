@@ -12,6 +12,7 @@ from crossfusion.core import CrossFusionError, error_line
 from crossfusion.wsi import extract as module
 from crossfusion.wsi.extract import extract, extract_slide
 
+n_slides = 16
 small = dict(patch_px=64, input_px=32)   # the real path, at a sixteenth of the work
 real = Path(__file__).parents[2]/'shared/data/slides'
 
@@ -28,9 +29,9 @@ def write_slide(path, seed=0, px=768, mpp=.5, tissue=True):
 
 @pytest.fixture(scope='module')
 def slides(tmp_path_factory):
-    "Four slides of nine cells"
+    "Slides of nine cells, enough of them to be stopped in the middle"
     folder = tmp_path_factory.mktemp('slides')
-    for i in range(4): write_slide(folder/f's{i}.tif', i)
+    for i in range(n_slides): write_slide(folder/f's{i:02d}.tif', i)
     return folder
 
 
@@ -56,13 +57,13 @@ def bag_bytes(folder): return {p.name: p.read_bytes() for p in sorted(folder.glo
 def test_killed_and_restarted(slides, undisturbed, tmp_path):
     code = f'from crossfusion.wsi.extract import extract; extract({str(slides)!r}, {str(tmp_path)!r}, n_workers=1, **{small})'
     p = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.DEVNULL)
-    while not (tmp_path/'s0.h5').exists() and p.poll() is None: time.sleep(.005)
+    while not (tmp_path/'s00.h5').exists() and p.poll() is None: time.sleep(.005)
     p.send_signal(signal.SIGKILL)
     assert p.wait() == -signal.SIGKILL
     before = bag_bytes(tmp_path)
-    assert 1 <= len(before) < 4 and all(undisturbed[k] == v for k,v in before.items())
+    assert 1 <= len(before) < n_slides and all(undisturbed[k] == v for k,v in before.items())
     log = extract(slides, tmp_path, n_workers=1, **small)
-    assert log.status.value_counts().to_dict() == {'skipped': len(before), 'done': 4-len(before)}
+    assert log.status.value_counts().to_dict() == {'skipped': len(before), 'done': n_slides-len(before)}
     assert bag_bytes(tmp_path) == undisturbed
     assert not list(tmp_path.glob('.*'))
 
@@ -73,15 +74,15 @@ def test_number_of_workers_does_not_matter(slides, undisturbed, tmp_path):
 
 
 def test_one_slide_alone(slides, undisturbed, tmp_path):
-    extract_slide(slides/'s3.tif', tmp_path, **small)
-    assert bag_bytes(tmp_path) == {'s3.h5': undisturbed['s3.h5']}
+    extract_slide(slides/'s03.tif', tmp_path, **small)
+    assert bag_bytes(tmp_path) == {'s03.h5': undisturbed['s03.h5']}
 
 
 def test_ctrl_c(slides, tmp_path):
     code = ('from crossfusion.core import shell_errors\nwith shell_errors():\n'
             f'    from crossfusion.wsi.extract import extract; extract({str(slides)!r}, {str(tmp_path)!r}, n_workers=1, **{small})')
     p = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True)
-    while not (tmp_path/'s0.h5').exists() and p.poll() is None: time.sleep(.005)
+    while not (tmp_path/'s00.h5').exists() and p.poll() is None: time.sleep(.005)
     p.send_signal(signal.SIGINT)
     err = p.communicate()[1]
     assert p.returncode == 130 and err.splitlines()[-1].startswith('crossfusion: stopped by Ctrl-C') and 'Traceback' not in err
@@ -98,11 +99,11 @@ def test_bad_slides_do_not_stop_the_others(slides, undisturbed, tmp_path):
     write_slide(bad/'screen.tif', mpp=352.8)
     whole = write_slide(bad/'cut.tif').read_bytes()
     (bad/'cut.tif').write_bytes(whole[:len(whole)//2])
-    log = extract([*bad.iterdir(), slides/'s1.tif'], tmp_path/'bags', n_workers=1, **small).set_index('slide')
+    log = extract([*bad.iterdir(), slides/'s01.tif'], tmp_path/'bags', n_workers=1, **small).set_index('slide')
     assert log.status.to_dict() == dict(cut='failed', empty_file='failed', glass='failed', no_mpp='failed', s1='done', screen='failed', text='failed')
     for name,words in dict(cut='Short read', empty_file='OpenSlide', glass='tissue', no_mpp='--mpp', screen='352.8', text='OpenSlide').items():
         assert words in log.reason[name] and name in log.reason[name] and '\n' not in log.reason[name]
-    assert bag_bytes(tmp_path/'bags') == {'s1.h5': undisturbed['s1.h5']}
+    assert bag_bytes(tmp_path/'bags') == {'s01.h5': undisturbed['s01.h5']}
 
 
 def test_hole_is_not_tissue(tmp_path):
@@ -121,7 +122,7 @@ def test_full_disk_stops_everything(slides, tmp_path, monkeypatch):
     def full(path, bag): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     monkeypatch.setattr(module, 'write_bag', full)
     with pytest.raises(OSError) as e: extract(slides, tmp_path, n_workers=1, **small)
-    assert error_line(e.value)[1] == 2 and 's0.h5' in error_line(e.value)[0]
+    assert error_line(e.value)[1] == 2 and 's00.h5' in error_line(e.value)[0]
     assert not bag_bytes(tmp_path)
 
 
@@ -132,7 +133,7 @@ def test_no_folder_to_write_to(slides, tmp_path):
 
 
 def test_one_encoder_per_folder(slides, undisturbed, tmp_path):
-    (tmp_path/'s0.h5').write_bytes(undisturbed['s0.h5'])                   # a bag without its folder's settings
+    (tmp_path/'s00.h5').write_bytes(undisturbed['s00.h5'])                   # a bag without its folder's settings
     with pytest.raises(CrossFusionError, match='a bag with encoder efficientnet_lite0_64px, found efficientnet_lite0_32px'):
         extract(slides, tmp_path, n_workers=1, patch_px=64, input_px=64)
 
