@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #643fbbc7
 from __future__ import annotations
-import errno, hashlib, json, os, random, signal, socket, sys, threading, time
+import errno, hashlib, json, os, random, signal, socket, sys, threading, time, warnings
 from contextlib import closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -191,7 +191,9 @@ def in_parallel(
     import joblib
     work = joblib.Parallel(n_workers, backend='loky', return_as='generator' if ordered else 'generator_unordered', max_nbytes=None,
                            idle_worker_timeout=10, initializer=_as_worker, initargs=(os.getpid(),))
-    with closing(work(joblib.delayed(f)(*j) for j in jobs)) as results: yield results
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'A worker stopped')      # one that holds much memory is replaced by a new one; no job is lost
+        with closing(work(joblib.delayed(f)(*j) for j in jobs)) as results: yield results
 
 # %% ../nbs/00_core.ipynb #2f048ca1
 def versions(

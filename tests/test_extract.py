@@ -100,7 +100,7 @@ def test_bad_slides_do_not_stop_the_others(slides, undisturbed, tmp_path):
     whole = write_slide(bad/'cut.tif').read_bytes()
     (bad/'cut.tif').write_bytes(whole[:len(whole)//2])
     log = extract([*bad.iterdir(), slides/'s01.tif'], tmp_path/'bags', n_workers=1, **small).set_index('slide')
-    assert log.status.to_dict() == dict(cut='failed', empty_file='failed', glass='failed', no_mpp='failed', s1='done', screen='failed', text='failed')
+    assert log.status.to_dict() == dict(cut='failed', empty_file='failed', glass='failed', no_mpp='failed', s01='done', screen='failed', text='failed')
     for name,words in dict(cut='Short read', empty_file='OpenSlide', glass='tissue', no_mpp='--mpp', screen='352.8', text='OpenSlide').items():
         assert words in log.reason[name] and name in log.reason[name] and '\n' not in log.reason[name]
     assert bag_bytes(tmp_path/'bags') == {'s01.h5': undisturbed['s01.h5']}
