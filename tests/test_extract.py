@@ -78,10 +78,10 @@ def test_one_slide_alone(slides, undisturbed, tmp_path):
     assert bag_bytes(tmp_path) == {'s03.h5': undisturbed['s03.h5']}
 
 
-def test_ctrl_c(slides, tmp_path):
+def test_ctrl_c(shell, slides, tmp_path):
     code = ('from crossfusion.core import shell_errors\nwith shell_errors():\n'
             f'    from crossfusion.wsi.extract import extract; extract({str(slides)!r}, {str(tmp_path)!r}, n_workers=1, **{small})')
-    p = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True)
+    p = shell.start([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True)
     while not (tmp_path/'s00.h5').exists() and p.poll() is None: time.sleep(.005)
     p.send_signal(signal.SIGINT)
     err = p.communicate()[1]
