@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from scipy.ndimage import gaussian_filter
 from scipy.stats import norm, rankdata
-from lifelines import KaplanMeierFitter
 from ..bag import Bag, write_bag
 from ..core import MAGS, expect, mag_to_mpp, progress, rng, write_text
 
@@ -48,6 +47,7 @@ def risk_from_followup(
     duration,event = np.asarray(duration, float), np.asarray(event, bool)
     expect(0 <= explained <= 1, 'explained', 'a number in [0, 1]', explained)
     expect(event.any(), 'follow-up', 'at least one observed death', 'none')
+    from lifelines import KaplanMeierFitter                    # slow to import, and only real follow-up needs it
     r = rng(seed, 'risk_from_followup')
     km = KaplanMeierFitter().fit(duration, event)
     alive = km.predict(duration).values                        # S at each patient's last visit

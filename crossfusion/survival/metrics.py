@@ -6,7 +6,6 @@
 from __future__ import annotations
 import numpy as np
 import pandas as pd
-from lifelines.statistics import logrank_test
 from ..core import expect, rng
 from .outcomes import check_outcomes
 
@@ -177,6 +176,7 @@ def logrank_split(
     table:pd.DataFrame, # predictions
 ) -> dict: # p (nan if one group is empty or nobody died), n_low, n_high (patients), split (how the line was drawn)
     "Log-rank test between patients of high and low risk"
+    from lifelines.statistics import logrank_test    # slow to import, and training needs it once
     t = check_predictions(table)
     high = pd.Series(risk_groups(t)).groupby(t.patient).mean() > .5
     people = t.drop_duplicates('patient').set_index('patient').loc[high.index]
