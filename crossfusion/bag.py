@@ -80,12 +80,12 @@ def concat_bags(
     for b in bags[1:]:
         for what in ('mags','n_features','encoder','patch_px'):
             expect(getattr(b, what) == getattr(first, what), f'{b.slide} with {first.slide} in one patient', f'{what} {getattr(first, what)}', getattr(b, what))
-    gap = 2*int(max(b.patch_px_level0(b.mags[0]) for b in bags))
     scale = [b.mpp/first.mpp for b in bags]   # slides of other scanners are measured in the first one's pixels
-    left = np.cumsum([0] + [int(b.width*s) + gap for b,s in zip(bags, scale)])
+    cell = first.patch_px_level0(first.mags[0])
+    left = np.round(cell*np.cumsum([0] + [np.ceil(b.width*s/cell) + 2 for b,s in zip(bags, scale)]))   # whole cells: all lie on one grid
     coords = {m: np.concatenate([np.round(b.coords[m]*s) + (x,0) for b,s,x in zip(bags, scale, left)]) for m in first.mags}
     return Bag('+'.join(b.slide for b in bags), {m: np.concatenate([b.features[m] for b in bags]) for m in first.mags}, coords,
-               first.encoder, int(left[-1]-gap), int(max(b.height*s for b,s in zip(bags, scale))), first.mpp, first.patch_px)
+               first.encoder, int(left[-1] - 2*cell), int(max(b.height*s for b,s in zip(bags, scale))), first.mpp, first.patch_px)
 
 # %% ../nbs/01_bag.ipynb #20d6fb80
 FORMAT, VERSION = 'crossfusion-bag', 1

@@ -65,7 +65,12 @@ def shell_errors(
     prog:str='crossfusion', # name that starts the line
 ):
     "Inside, what a user can mend becomes one line on stderr and exit status 2 (130 for Ctrl-C)"
-    try: yield
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:                           # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (Exception, KeyboardInterrupt) as e:
         line,status = error_line(e)
         if line is None: raise

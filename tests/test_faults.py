@@ -170,6 +170,13 @@ def test_missing_package_of_extraction(shell, quick_demo, tmp_path, package):
     assert not half_written(out, quick_demo)
 
 
+def test_reader_who_has_seen_enough(shell, quick_demo):
+    "As in `crossfusion_evaluate ... | head -0`: no complaint"
+    p = shell.start(shell.command('crossfusion_evaluate', '--predictions', quick_demo/'crossfusion'/'predictions.csv'), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p.stdout.close()
+    assert p.stderr.read() == b'' and p.wait() == 1
+
+
 def test_help_needs_no_package(shell, tmp_path):
     r = shell.run(shell.command('crossfusion_demo', '--help'), env=without(tmp_path, 'torch'))
     assert r.returncode == 0 and '--quick' in r.stdout, r.stderr

@@ -39,6 +39,18 @@ def test_bag_of_another_kind_is_refused(shell, quick_demo, tmp_path):
     assert r.returncode == 2 and 'expected patch_px 128, found 256' in r.stderr and 'Traceback' not in r.stderr
 
 
+published = data/'published'/'predictions.csv.gz'
+
+@pytest.mark.skipif(not published.exists(), reason='the published predictions are not there')
+def test_published_predictions(shell):
+    "Fold by fold the C-index that was published, to the last digit"
+    import re
+    said = ok(shell, 'crossfusion_evaluate', '--predictions', published)
+    ours = [float(c) for c in re.findall(r'fold \d: C-index ([\d.]+),', said)]
+    known = pd.read_csv(published.with_name('val_cindex.csv')).sort_values(['repo', 'cohort', 'model', 'fold']).val_cindex
+    assert len(ours) == len(known) == 75 and max(abs(a - b) for a,b in zip(ours, known)) < 1e-12
+
+
 @pytest.mark.skipif(not blca.exists(), reason='the TCGA-BLCA table is not there')
 def test_real_followup_and_published_folds(shell, tmp_path):
     "Bags on the follow-up of TCGA-BLCA, trained on its published folds: predictions, metrics and curves for all 373 patients"

@@ -4,14 +4,15 @@
 
 # %% ../../nbs/22_survival.metrics.ipynb #91a4a448
 from __future__ import annotations
+from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..core import expect, rng
 from .outcomes import check_outcomes
 
 # %% auto #0
-__all__ = ['pair_counts', 'c_index', 'check_predictions', 'c_index_folds', 'c_index_table', 'compare', 'risk_groups',
-           'logrank_split', 'evaluate']
+__all__ = ['pair_counts', 'c_index', 'check_predictions', 'c_index_folds', 'read_predictions', 'c_index_table', 'compare',
+           'risk_groups', 'logrank_split', 'evaluate']
 
 # %% ../../nbs/22_survival.metrics.ipynb #20a011ca
 def pair_counts(
@@ -93,6 +94,22 @@ def c_index_folds(
         return dict(fold=getattr(fold, 'item', lambda: fold)(), c_index=float(right/pairs) if pairs else float('nan'),
                     n=len(t), events=int(t.event.sum()), pairs=int(pairs))
     return [one(fold, t) for fold,t in check_predictions(table).groupby('fold')]
+
+# %% ../../nbs/22_survival.metrics.ipynb #1c9ee436
+def read_predictions(
+    path:str|Path, # CSV file, may be compressed
+) -> dict: # name -> predictions; one table for each cohort and model in the file
+    "Predictions from a file, ours or another program's"
+    path,names = Path(path), dict(case_id='patient', survival_months='duration')
+    expect(path.is_file(), str(path), 'a CSV file of predictions', 'no such file', 'Check the path.')
+    try: t = pd.read_csv(path, dtype={'patient': str, 'case_id': str})
+    except (ValueError, EOFError, OSError) as e: expect(False, str(path), 'a CSV file of predictions', f'something else ({type(e).__name__})')
+    t = t.rename(columns={k: v for k,v in names.items() if v not in t})
+    if 'event' not in t and 'censorship' in t:
+        expect(t.censorship.isin([0,1]).all(), f'{path}: censorship', '0 or 1', ', '.join(map(str, t.censorship.unique()[:5])))
+        t['event'] = t.censorship == 0
+    by = [c for c in ('repo','cohort','model') if c in t]
+    return {', '.join(map(str, k)): check_predictions(g) for k,g in t.groupby(by)} if by else {path.stem: check_predictions(t)}
 
 # %% ../../nbs/22_survival.metrics.ipynb #5fe270eb
 def _c_samples(t, n_boot, seed):
