@@ -6,7 +6,7 @@
 from __future__ import annotations
 from functools import wraps
 from .core import CrossFusionError, shell_errors
-with shell_errors(): from fastcore.script import Param, call_parse
+with shell_errors(): from fastcore.script import call_parse
 
 # %% auto #0
 __all__ = ['command', 'demo', 'simulate', 'extract', 'train', 'evaluate', 'predict', 'heatmap', 'report']
@@ -95,16 +95,15 @@ def train(
 # %% ../nbs/70_cli.ipynb #be2a74f9
 @command
 def evaluate(
-    run:Param('a run folder', str, opt=False, nargs='?')='',
-    predictions:str='', # or a CSV file of predictions, ours or another program's: a row per patient and fold
+    run:str, # a run folder, or with --predictions a CSV file
+    predictions:bool=False, # judge a file of predictions, ours or another program's: a row per patient and fold
 ):
     "Judge predictions and print what comes out: of a run in a line, of a file also fold by fold"
-    from crossfusion.core import RunFolder, expect
+    from crossfusion.core import RunFolder
     from crossfusion.survival.metrics import c_index_folds, evaluate, read_predictions
     from crossfusion.training.crossval import metrics_line, score
-    expect(bool(run) != bool(predictions), 'arguments', 'a run folder, or --predictions and a file', 'both' if run else 'neither')
-    if run: return print(metrics_line(score(RunFolder(run))))
-    for name,table in read_predictions(predictions).items():
+    if not predictions: return print(metrics_line(score(RunFolder(run))))
+    for name,table in read_predictions(run).items():
         print(f'{name}: {metrics_line(evaluate(table))}')
         for f in c_index_folds(table): print(f"  fold {f['fold']}: C-index {f['c_index']!r}, {f['n']} patients, {f['events']} deaths")
 
