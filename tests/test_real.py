@@ -25,7 +25,7 @@ def test_real_slide_to_prediction_and_heatmap(shell, quick_demo, tmp_path):
     assert p.slide.tolist() == [region.stem] and p.folds[0] == 2
     assert -4 < p.risk[0] < 0 and (p[['s1','s2','s3','s4']].diff(axis=1).iloc[0, 1:] < 0).all()
     ok(shell, 'crossfusion_predict', quick_demo/'crossfusion', tmp_path/'bags', '--fast', '--out', tmp_path/'fast.csv')
-    assert 0 <= abs(pd.read_csv(tmp_path/'fast.csv').risk[0] - p.risk[0]) < .02
+    assert abs(pd.read_csv(tmp_path/'fast.csv').risk[0] - p.risk[0]) < .02
     ok(shell, 'crossfusion_heatmap', quick_demo/'crossfusion', region, tmp_path/'bags', '--out', tmp_path/'map.png')
     from PIL import Image
     assert Image.open(tmp_path/'map.png').size[0] > 400

@@ -50,7 +50,7 @@ def grid_step(
     gaps = np.concatenate(along)
     gaps = gaps[gaps > 0]
     if not len(gaps): return max(1., float(np.ptp(coords, axis=0).max()))
-    return float(gaps[np.abs(gaps - np.median(gaps)) <= 1].mean())
+    return float(gaps[np.abs(gaps - np.quantile(gaps, .1, method='lower')) <= 1].mean())
 
 # %% ../../nbs/41_models.grid.ipynb #dc8ee457
 @dataclass
