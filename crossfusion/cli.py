@@ -100,7 +100,8 @@ def evaluate(
 ):
     "Judge predictions and print what comes out: of a run in a line, of a file also fold by fold"
     from crossfusion.core import RunFolder
-    from crossfusion.survival.metrics import c_index_folds, evaluate, read_predictions
+    from crossfusion.survival.evaluation import evaluate
+    from crossfusion.survival.metrics import c_index_folds, read_predictions
     from crossfusion.training.crossval import metrics_line, score
     if not predictions: return print(metrics_line(score(RunFolder(run))))
     for name,table in read_predictions(run).items():

@@ -4,15 +4,17 @@
 
 # %% ../../nbs/31_data.cohort.ipynb #d3c8061a
 from __future__ import annotations
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import CrossFusionError, derive_seed, expect
+from ..survival.metrics import first_few
 from ..survival.outcomes import cut_points, to_bin
 
 # %% auto #0
-__all__ = ['SPELLINGS', 'SLIDE_ENDINGS', 'slide_name', 'read_cohort', 'patients_of', 'match_bags', 'split_patients', 'make_folds',
-           'check_folds', 'read_splits']
+__all__ = ['SPELLINGS', 'SLIDE_ENDINGS', 'CLINICAL', 'slide_name', 'read_cohort', 'patients_of', 'match_bags', 'split_patients',
+           'make_folds', 'check_folds', 'read_splits']
 
 # %% ../../nbs/31_data.cohort.ipynb #6954d76f
 SPELLINGS = {'patient': ('patient','case_id'), 'slide': ('slide','slide_id'), 'duration': ('duration','survival_months'),
@@ -36,6 +38,33 @@ def _to_event(values, path):
     return words.map(_events).astype(bool)
 
 # %% ../../nbs/31_data.cohort.ipynb #d99a5a47
+CLINICAL = {'age': ('age',), 'sex': ('sex','gender','is_female'), 'stage': ('stage','ajcc_pathologic_stage','tumor_stage'),
+            'grade': ('grade','tumor_grade'), 'diagnosis': ('diagnosis','oncotree_code')}   # name here -> names in tables, the first that is there
+_unsaid = ('','-','--','na','n/a','nan','none','null','unknown','not reported','not available','not applicable','not evaluated','discrepancy')
+_sexes = {'female': 'female', 'f': 'female', 'male': 'male', 'm': 'male'}
+_is_female = {'1': 'female', '1.0': 'female', 'true': 'female', '0': 'male', '0.0': 'male', 'false': 'male'}
+
+def _clinical_values(words, name, spelling):
+    "What a clinical column says, missing where it says nothing"
+    words = words.str.strip(" []'\"")
+    words = words.mask(words.str.lower().isin(_unsaid))
+    if name == 'sex': return words.str.lower().map(_is_female if spelling == 'is_female' else _sexes)
+    if name != 'age': return words
+    years = pd.to_numeric(words, errors='coerce')
+    return years.where(years.between(0, 130, inclusive='neither'))
+
+def _add_clinical(t, path):
+    "Age, sex, stage, grade and diagnosis under one name each, the same in all rows of a patient"
+    found = {name: spelling for name,spellings in CLINICAL.items() for spelling in [s for s in spellings if s in t][:1]}
+    values = pd.DataFrame({name: _clinical_values(t[s], name, s) for name,s in found.items()}, index=t.index)
+    told = values.groupby(t.patient)
+    for name in found:
+        two = sorted(t.patient[told[name].transform('nunique') > 1].unique())
+        if two: warnings.warn(f'{path}: {name} of patient {first_few(two)} differs from row to row and is taken as missing', stacklevel=3)
+        values[name] = told[name].transform('first').where(told[name].transform('nunique') == 1)
+    return t.drop(columns=[s for names in CLINICAL.values() for s in names if s in t]).assign(**values)
+
+# %% ../../nbs/31_data.cohort.ipynb #2d28937f
 def _check_followup(t, path):
     "Durations are numbers above 0 and a patient has one follow-up"
     d = pd.to_numeric(t.duration, errors='coerce')
@@ -50,27 +79,29 @@ def _check_followup(t, path):
 
 def read_cohort(
     path:str|Path, # a CSV file, plain or zipped
-) -> pd.DataFrame: # one row per slide: patient, slide, duration (months), event (True = death observed), and true_risk where known
+) -> pd.DataFrame: # one row per slide: patient, slide, duration (months), event (True = death observed); true_risk and `CLINICAL` where known
     "Read a clinical table"
     path = Path(path)
     expect(path.is_file(), str(path), 'a clinical table', 'no such file', 'Check the path.')
-    keep = {n for names in SPELLINGS.values() for n in names} | {'true_risk'}
-    try: t = pd.read_csv(path, usecols=lambda c: c in keep, dtype={c: str for c in ('patient','case_id','slide','slide_id')})
+    clinical = [n for names in CLINICAL.values() for n in names]
+    keep = {n for names in SPELLINGS.values() for n in names} | {'true_risk', *clinical}
+    try: t = pd.read_csv(path, usecols=lambda c: c in keep, dtype={c: str for c in ('patient','case_id','slide','slide_id',*clinical)})
     except (ValueError, OSError, UnicodeDecodeError) as e: raise CrossFusionError(f'{path}: expected a CSV table, found one that cannot be read ({e})') from None
     t = t.rename(columns={n: k for k,names in SPELLINGS.items() for n in names})
     if 'event' not in t and 'censorship' in t: t['event'] = ~_to_event(t.censorship, path)
     elif 'event' in t: t['event'] = _to_event(t.event, path)
     for c in ('patient','slide','duration','event'): expect(c in t, str(path), f'a column {c} ({" or ".join(SPELLINGS[c])})', ', '.join(t) or 'none of them')
     t['slide'] = t.slide.map(slide_name)
-    return _check_followup(t, path)[[c for c in ('patient','slide','duration','event','true_risk') if c in t]].reset_index(drop=True)
+    t = _add_clinical(_check_followup(t, path), path)
+    return t[[c for c in ('patient','slide','duration','event','true_risk',*CLINICAL) if c in t]].reset_index(drop=True)
 
 # %% ../../nbs/31_data.cohort.ipynb #9476588e
 def patients_of(
     cohort:pd.DataFrame, # one row per slide
-) -> pd.DataFrame: # one row per patient: patient, duration, event, n_slides, and true_risk where known
+) -> pd.DataFrame: # one row per patient: patient, duration, event, n_slides; true_risk and `CLINICAL` where known
     "One row per patient"
     g = cohort.groupby('patient', sort=True)
-    return g[[c for c in ('duration','event','true_risk') if c in cohort]].first().assign(n_slides=g.size()).reset_index()
+    return g[[c for c in ('duration','event','true_risk',*CLINICAL) if c in cohort]].first().assign(n_slides=g.size()).reset_index()
 
 # %% ../../nbs/31_data.cohort.ipynb #a978af71
 def match_bags(
@@ -105,7 +136,6 @@ def split_patients(
     rare = np.isin(strata, label[count < n_splits])
     strata = np.where(rare, patients.event.to_numpy().astype(int) - 2, strata)  # rare ones are joined by event
     part = np.zeros(len(patients), int)
-    import warnings
     from sklearn.model_selection import StratifiedKFold   # slow to import, and most commands make no folds
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)   # scikit-learn warns where a stratum is smaller than the number of parts

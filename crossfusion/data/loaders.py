@@ -8,13 +8,14 @@ from collections.abc import Mapping
 import numpy as np, pandas as pd, torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
+from fastai.torch_core import default_device
 from ..bag import Bag, concat_bags
 from ..core import CrossFusionError, expect
 from .cohort import patients_of
 from ..survival.outcomes import to_bin
 
 # %% auto #0
-__all__ = ['bag_inputs', 'PatientDataset', 'stack_items', 'patient_loader', 'patient_loaders']
+__all__ = ['bag_inputs', 'PatientDataset', 'stack_items', 'PatientLoader', 'patient_loader', 'patient_loaders']
 
 # %% ../../nbs/32_data.loaders.ipynb #b2ed0849
 def bag_inputs(
@@ -43,7 +44,7 @@ class PatientDataset:
 
     def __getitem__(self, i):
         p = self.table.iloc[i]
-        target = dict(bin=torch.tensor(p.bin), event=torch.tensor(bool(p.event)), duration=torch.tensor(p.duration, dtype=torch.float32))
+        target = dict(bin=torch.tensor(p.bin), event=torch.tensor(bool(p.event)), duration=torch.tensor(p.duration, dtype=torch.float32), row=torch.tensor(int(i)))
         return bag_inputs(concat_bags([self.bags[s] for s in self.slides[p.patient]])), target
 
 # %% ../../nbs/32_data.loaders.ipynb #014423d8
@@ -60,6 +61,14 @@ def stack_items(
     return (stack([f for f,_ in inputs]), stack([c for _,c in inputs])), stack(targets)
 
 # %% ../../nbs/32_data.loaders.ipynb #a571f921
+class PatientLoader(DataLoader):
+    "A fastai DataLoader over patients; `balanced` draws each kind of outcome equally often"
+    balanced = False
+    def get_idxs(self):
+        if not self.balanced: return super().get_idxs()
+        kind = self.dataset.table.bin*2 + self.dataset.table.event
+        return self.rng.choices(range(self.n), list(1/kind.map(kind.value_counts())), k=self.n)
+
 def patient_loader(
     cohort:pd.DataFrame, # one row per slide
     bags:Mapping,        # slide -> `Bag`
@@ -69,7 +78,7 @@ def patient_loader(
     bs:int=1,            # bags in a batch; above 1 they must be of one size
 ) -> DataLoader: # of `(features, coords), target`
     "Patients as a fastai DataLoader"
-    return DataLoader(PatientDataset(cohort, bags, patients, cuts), bs=bs, shuffle=shuffle, create_batch=stack_items)
+    return PatientLoader(PatientDataset(cohort, bags, patients, cuts), bs=bs, shuffle=shuffle, create_batch=stack_items, device=default_device())
 
 def patient_loaders(
     cohort:pd.DataFrame, # one row per slide

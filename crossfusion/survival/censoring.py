@@ -4,27 +4,45 @@
 
 # %% ../../nbs/23_survival.censoring.ipynb #2ccbd57a
 from __future__ import annotations
+from statistics import NormalDist
 import numpy as np, pandas as pd
-from lifelines import KaplanMeierFitter
 from ..core import expect
 from .metrics import pair_counts
 from .outcomes import check_outcomes
 
 # %% auto #0
-__all__ = ['in_sight', 'death_weights', 'uno_c', 'auc_at', 'brier_at', 'integrated_brier', 'calibration_at']
+__all__ = ['alive_past', 'in_sight', 'death_weights', 'uno_c', 'auc_at', 'brier_terms', 'brier_at', 'integrated_brier',
+           'observed_at', 'calibration_at']
 
 # %% ../../nbs/23_survival.censoring.ipynb #c1a150e1
+def _counts(duration, event):
+    "The days of a follow-up, and on each of them: still there, died, lost"
+    d,e = check_outcomes(duration, event)
+    days,at = np.unique(d, return_inverse=True)
+    died,lost = (np.bincount(at, o, len(days)) for o in (e, ~e))
+    return days, died[::-1].cumsum()[::-1] + lost[::-1].cumsum()[::-1], died, lost
+
+def _left(days, gone, there):
+    "The share that is left, day by day multiplied by who does not go, as a function of time"
+    left = np.r_[1, np.cumprod(1 - np.divide(gone, there, where=there > 0, out=np.zeros(len(days))))]
+    return lambda t: left[np.searchsorted(days, t, side='right')]
+
+def alive_past(
+    duration, # (n,) months of follow-up
+    event,    # (n,) True = death observed
+): # function: times (m,) -> (m,) probability to live past that time
+    "Kaplan-Meier curve of survival"
+    days,there,died,_ = _counts(duration, event)
+    return _left(days, died, there)
+
+# %% ../../nbs/23_survival.censoring.ipynb #cf2bfc7d
 def in_sight(
     duration, # (n,) months of follow-up
     event,    # (n,) True = death observed
 ): # function: times (m,) -> (m,) probability not to be censored up to and including that time
     "Kaplan-Meier curve of censoring; on one day deaths come before losses"
-    d,e = check_outcomes(duration, event)
-    times,at = np.unique(d, return_inverse=True)
-    died,lost = np.bincount(at[e], minlength=len(times)), np.bincount(at[~e], minlength=len(times))
-    there = len(d) - np.r_[0, np.cumsum(died + lost)[:-1]] - died
-    left = np.r_[1, np.cumprod(1 - np.divide(lost, there, where=there > 0, out=np.zeros(len(times))))]
-    return lambda t: left[np.searchsorted(times, t, side='right')]
+    days,there,died,lost = _counts(duration, event)
+    return _left(days, lost, there - died)
 
 # %% ../../nbs/23_survival.censoring.ipynb #40b3f072
 def death_weights(
@@ -75,6 +93,18 @@ def auc_at(
     return np.array(out)
 
 # %% ../../nbs/23_survival.censoring.ipynb #4f7d2ac1
+def brier_terms(
+    duration, # (n,) months of follow-up
+    event,    # (n,) True = death observed
+    survival, # (n, m) predicted probability to live past each time
+    times,    # (m,) months
+    seen,     # function: times -> probability to be still in sight, as `in_sight` gives it; above 0 at `times`
+) -> np.ndarray: # (n, m) weighted squared errors, whose mean over patients is the Brier score
+    "What each patient adds to the Brier score"
+    d,e = check_outcomes(duration, event)
+    dead,alive,own = e[:,None] & (d[:,None] <= times), d[:,None] > times, seen(d)[:,None]
+    return survival**2*dead/np.where(dead, own, 1) + (1-survival)**2*alive/seen(times)
+
 def brier_at(
     duration,   # (n,) months of follow-up
     event,      # (n,) True = death observed
@@ -88,9 +118,7 @@ def brier_at(
     expect(s.shape == (len(d),len(t)), 'survival', f'one probability for each of {len(d)} patients and {len(t)} times', f'shape {s.shape}')
     seen = in_sight(*(train or (d, e)))
     expect((t < d.max()).all() and (seen(t) > 0).all(), 'times', f'times within the follow-up, before {d.max():g} months', f'{t.max():g}')
-    dead,alive = e[:,None] & (d[:,None] <= t), d[:,None] > t
-    own = np.where(e & (seen(d) > 0), seen(d), np.inf)
-    return (s**2*dead/own[:,None] + (1-s)**2*alive/seen(t)).mean(0)
+    return brier_terms(d, e, s, t, seen).mean(0)
 
 def integrated_brier(
     duration,   # (n,) months of follow-up
@@ -106,6 +134,24 @@ def integrated_brier(
     return float(((b[1:] + b[:-1])/2*np.diff(t)).sum()/(t[-1] - t[0]))
 
 # %% ../../nbs/23_survival.censoring.ipynb #fe21209b
+_z = NormalDist().inv_cdf(.975)
+
+def observed_at(
+    duration,   # (n,) months of follow-up
+    event,      # (n,) True = death observed
+    time:float, # months
+) -> dict: # observed (Kaplan-Meier), low, high (its 95 % interval)
+    "The share that lives past a time, and how sure that is"
+    days,there,died,_ = _counts(duration, event)
+    s,past = float(alive_past(duration, event)(time)), days <= time
+    if s in (0,1):
+        n = died[past].sum() if s == 0 else there[~past].max(initial=0)     # who died, or who was seen to live on
+        one_sided = float(.025**(1/n)) if n else 0.
+        return dict(observed=s, low=one_sided*s, high=1 - one_sided*(1-s))
+    spread = _z*np.sqrt((died[past]/(there*(there - died))[past]).sum())/np.log(s)
+    return dict(observed=s, low=float(s**np.exp(-spread)), high=float(s**np.exp(spread)))
+
+# %% ../../nbs/23_survival.censoring.ipynb #b867477a
 def calibration_at(
     duration,       # (n,) months of follow-up
     event,          # (n,) True = death observed
@@ -118,8 +164,5 @@ def calibration_at(
     s = np.asarray(survival, dtype=float)
     expect(s.shape == d.shape and ((s >= 0) & (s <= 1)).all(), 'survival', f'a probability for each of {len(d)} patients', f'shape {s.shape}')
     expect(len(d) >= n_groups, 'patients', f'at least {n_groups}, one a group', len(d), 'Ask for fewer groups.')
-    def one(rows):
-        km = KaplanMeierFitter().fit(d[rows], e[rows])
-        low,high = km.confidence_interval_survival_function_.loc[:time].iloc[-1]
-        return dict(n=len(rows), predicted=s[rows].mean(), observed=float(km.predict(time)), low=low, high=high)
-    return pd.DataFrame([one(rows) for rows in np.array_split(np.argsort(s, kind='stable'), n_groups)])
+    groups = np.array_split(np.argsort(s, kind='stable'), n_groups)
+    return pd.DataFrame([dict(n=len(g), predicted=s[g].mean()) | observed_at(d[g], e[g], time) for g in groups])

@@ -4,22 +4,18 @@
 
 # %% ../../nbs/21_survival.losses.ipynb #0794da50
 from __future__ import annotations
+import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import expect
 
 # %% auto #0
-__all__ = ['nll_survival', 'NLLSurvival']
+__all__ = ['nll_survival', 'ce_survival', 'NLLSurvival', 'CESurvival']
 
 # %% ../../nbs/21_survival.losses.ipynb #41877329
-def nll_survival(
-    logits:Tensor,   # (b, k) hazard logits
-    bin:Tensor,      # (b,) int64, bin in which follow-up ended
-    event:Tensor,    # (b,) bool, True = death observed, False = censored
-    alpha:float=0.,  # censored patients count 1-alpha, in [0, 1]; published training uses 0.2
-) -> Tensor: # scalar, nats per patient, float32 at least
-    "Negative log-likelihood of right-censored survival in discrete time"
+def _follow_up(logits, bin, event, alpha):
+    "Checked: logits in float32 at least, which bins each patient entered, events, and each patient's negative log-likelihood"
     b,k = logits.shape
     expect(0 <= alpha <= 1, 'alpha', 'a number from 0 to 1', alpha)
     expect(bin.shape == event.shape == (b,), 'loss', f'one bin and one event for each of {b} patients',
@@ -31,13 +27,43 @@ def nll_survival(
     bins,last,event = torch.arange(k, device=logits.device), bin[:,None], event.bool()
     died = (bins == last) & event[:,None]
     nll = -F.logsigmoid(torch.where(died, logits, -logits)).masked_fill(bins > last, 0).sum(1)
+    return logits, bins <= last, event, nll
+
+def nll_survival(
+    logits:Tensor,   # (b, k) hazard logits
+    bin:Tensor,      # (b,) int64, bin in which follow-up ended
+    event:Tensor,    # (b,) bool, True = death observed, False = censored
+    alpha:float=0.,  # censored patients count 1-alpha, in [0, 1]; published training uses 0.2
+) -> Tensor: # scalar, nats per patient, float32 at least
+    "Negative log-likelihood of right-censored survival in discrete time"
+    *_,event,nll = _follow_up(logits, bin, event, alpha)
     return torch.where(event, nll, (1-alpha)*nll).mean()
 
-# %% ../../nbs/21_survival.losses.ipynb #ac32c65b
-class NLLSurvival(nn.Module):
-    "`nll_survival` as `loss(logits, target)`"
+# %% ../../nbs/21_survival.losses.ipynb #837be4dc
+def _log_died(logits, entered):
+    "log(1 - S) at the end of the last bin entered, for S near 1 and near 0"
+    lived = F.logsigmoid(-logits).masked_fill(~entered, 0).cumsum(1)
+    each = F.logsigmoid(logits) + F.pad(lived[:,:-1], (1,0))            # lived past all bins before, died in this one
+    rare = each.masked_fill(~entered, -torch.inf).logsumexp(1)
+    sure = torch.log1p(-lived[:,-1].clamp(max=-math.log(2)).exp())      # kept from 0, where the slope is infinite
+    return torch.where(lived[:,-1] < -math.log(2), sure, rare)
+
+def ce_survival(
+    logits:Tensor,   # (b, k) hazard logits
+    bin:Tensor,      # (b,) int64, bin in which follow-up ended
+    event:Tensor,    # (b,) bool, True = death observed, False = censored
+    alpha:float=0.,  # share of the likelihood in the loss of a death; censored patients count 1-alpha; in [0, 1]
+) -> Tensor: # scalar, nats per patient, float32 at least
+    "Cross-entropy of being dead by the end of the bin in which follow-up ended"
+    logits,entered,event,nll = _follow_up(logits, bin, event, alpha)
+    return torch.where(event, alpha*nll - (1-alpha)*_log_died(logits, entered), (1-alpha)*nll).mean()
+
+# %% ../../nbs/21_survival.losses.ipynb #690a3368
+class _OwnLoss(nn.Module):
+    "A loss that each patient has alone"
+    compares = False # True for losses that need several patients at once
     def __init__(self,
-        alpha:float=0., # censored patients count 1-alpha
+        alpha:float=0., # as in the function, in [0, 1]
     ):
         super().__init__()
         self.alpha = alpha
@@ -46,6 +72,14 @@ class NLLSurvival(nn.Module):
         logits:Tensor, # (b, k) hazard logits
         target:dict,   # `bin` (b,) int64 and `event` (b,) bool
     ) -> Tensor: # scalar, nats per patient
-        return nll_survival(logits, target['bin'], target['event'], self.alpha)
+        return self.func(logits, target['bin'], target['event'], self.alpha)
 
     def extra_repr(self): return f'alpha={self.alpha}'
+
+class NLLSurvival(_OwnLoss):
+    "`nll_survival` as `loss(logits, target)`; censored patients count 1-alpha"
+    func = staticmethod(nll_survival)
+
+class CESurvival(_OwnLoss):
+    "`ce_survival` as `loss(logits, target)`; alpha is the share of the death's likelihood"
+    func = staticmethod(ce_survival)

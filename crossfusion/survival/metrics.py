@@ -11,8 +11,8 @@ from ..core import expect, rng
 from .outcomes import check_outcomes
 
 # %% auto #0
-__all__ = ['pair_counts', 'c_index', 'check_predictions', 'c_index_folds', 'read_predictions', 'c_index_table', 'compare',
-           'risk_groups', 'logrank_split', 'evaluate']
+__all__ = ['pair_counts', 'first_few', 'c_index', 'check_predictions', 'c_index_folds', 'read_predictions', 'resamples',
+           'c_samples', 'interval_95', 'c_index_table', 'difference_95', 'compare', 'risk_groups', 'logrank_split']
 
 # %% ../../nbs/22_survival.metrics.ipynb #20a011ca
 def pair_counts(
@@ -23,28 +23,31 @@ def pair_counts(
     death_weights=None, # (n,) how often a pair counts by the one who died first; default once
 ) -> tuple: # (b,) pairs in the right order, ties half, and (b,) pairs that can be judged
     "Count pairs of patients of whom one is known to have died first"
-    w = np.ones((1,len(risk))) if weights is None else weights
+    w = np.ascontiguousarray(np.ones((len(risk),1)) if weights is None else np.asarray(weights).T)
     own = np.where(event, 1. if death_weights is None else death_weights, 0.)
     day = 2*np.unique(duration, return_inverse=True)[1] + ~event       # on one day the censored lived longer, the other dead did not
     _,r = np.unique(risk, return_inverse=True)
-    n_r,parts = r.max(initial=0) + 1, 1 + len(w)*len(r)//2**22         # parts keep memory small
-    right,comparable = np.zeros(len(w)), np.zeros(len(w))
+    n_r,b,step = r.max(initial=0) + 1, w.shape[1], 1 + 2**22//(len(r) + 1)    # some weights at a time keep memory small
+    right,comparable = np.zeros(b), np.zeros(b)
     for digit in range(int(day.max(initial=0)).bit_length()):
         higher,late = day >> digit+1, (day >> digit & 1).astype(bool)
         i,j = np.flatnonzero(~late & event), np.flatnonzero(late)
         j = j[np.argsort(higher[j]*n_r + r[j], kind='stable')]
         code,ask = higher[j]*n_r + r[j], higher[i]*n_r
         start,below,upto,end = (np.searchsorted(code, ask + o, side) for o,side in ((0,'left'), (r[i],'left'), (r[i],'right'), (n_r,'left')))
-        for rows in np.array_split(np.arange(len(w)), parts):
-            upper = np.concatenate([np.zeros((len(rows),1)), np.cumsum(w[rows][:,j], 1)], 1)
-            mine = w[rows][:,i]*own[i]
-            right[rows] += (mine*((upper[:,below] + upper[:,upto])/2 - upper[:,start])).sum(1)
-            comparable[rows] += (mine*(upper[:,end] - upper[:,start])).sum(1)
+        for now in (slice(k, k+step) for k in range(0, b, step)):
+            upper = np.insert(np.cumsum(w[j,now], 0), 0, 0, 0)
+            mine,least = w[i,now]*own[i,None], upper[start]
+            right[now] += (mine*((upper[below] + upper[upto])/2 - least)).sum(0)
+            comparable[now] += (mine*(upper[end] - least)).sum(0)
     return right, comparable
 
 # %% ../../nbs/22_survival.metrics.ipynb #f67d735e
-def _some(names, k=5):
-    "Names for an error message, the first few"
+def first_few(
+    names, # of patients, or rows
+    k=5,   # so many are written out
+) -> str:
+    "Names for an error message"
     names = list(dict.fromkeys(map(str, names)))
     return ', '.join(names[:k]) + (f' and {len(names)-k} more' if len(names) > k else '')
 
@@ -57,7 +60,7 @@ def c_index(
     d,e = check_outcomes(duration, event)
     r = np.asarray(risk, dtype=float)
     expect(r.shape == d.shape, 'risk', f'one number for each of {len(d)} patients', f'shape {r.shape}')
-    expect(not np.isnan(r).any(), f'risk of patient {_some(np.flatnonzero(np.isnan(r)))}', 'a number', 'nan',
+    expect(not np.isnan(r).any(), f'risk of patient {first_few(np.flatnonzero(np.isnan(r)))}', 'a number', 'nan',
            'Leave out who was not scored.')
     (right,),(comparable,) = pair_counts(d, e, r)
     return float(right/comparable) if comparable else float('nan')
@@ -77,7 +80,7 @@ def check_predictions(
     for c in columns[:2]: expect(t[c].notna().all(), f'{where}, row {t[c].isna().argmax()}', f'a {c}', 'none', fix)
     t = t.assign(patient=t.patient.astype(str), risk=pd.to_numeric(t.risk, errors='coerce').astype(float))
     t['duration'],t['event'] = check_outcomes(t.duration, t.event, t.patient)
-    def named(bad, what, expected, found): expect(not bad.any(), f'{what} of patient {_some(t.patient[bad])}', expected, found, fix)
+    def named(bad, what, expected, found): expect(not bad.any(), f'{what} of patient {first_few(t.patient[bad])}', expected, found, fix)
     named(t.risk.isna(), 'risk', 'a number', 'none')
     named(t.duplicated(['patient','fold']), 'rows', 'one in each fold', 'two in one fold')
     first = t[~t.duplicated('patient')].set_index('patient').loc[t.patient]
@@ -112,24 +115,40 @@ def read_predictions(
     return {', '.join(map(str, k)): check_predictions(g) for k,g in t.groupby(by)} if by else {path.stem: check_predictions(t)}
 
 # %% ../../nbs/22_survival.metrics.ipynb #5fe270eb
-def _c_samples(t, n_boot, seed):
-    "C of a checked table as it is, then of `n_boot` resamples of its patients"
+def resamples(
+    patient,        # (n,) whose row it is
+    n_boot:int=1000, # resamples of the patients
+    seed:int=0,     # of the resamples
+) -> np.ndarray: # (n_boot+1, n) int: all once, then as often as the row's patient was drawn
+    "How often each row counts, as the cohort is and in resamples of its patients"
     expect(n_boot >= 1, 'n_boot', '1 or more', n_boot)
-    patients,code = np.unique(t.patient, return_inverse=True)
+    patients,code = np.unique(patient, return_inverse=True)
     n = len(patients)
     drawn = rng(seed, 'bootstrap').multinomial(n, np.full(n, 1/n), size=n_boot)
-    w = np.concatenate([np.ones((1,n)), drawn])
-    d,e,r = (t[c].values for c in ('duration','event','risk'))
-    right,pairs = sum(np.array(pair_counts(d[i], e[i], r[i], w[:,code[i]])) for i in t.groupby('fold').indices.values())
-    expect(pairs[0] > 0, 'C-index', 'a fold in which one patient died before another',
-           f'{e.sum()} deaths in {len(e)} rows and {t.fold.nunique()} folds',
+    return np.concatenate([np.ones((1,n), int), drawn]).take(code, axis=1)
+
+# %% ../../nbs/22_survival.metrics.ipynb #b57dcf47
+def c_samples(
+    table:pd.DataFrame, # predictions, checked
+    weights,            # (b, rows) how often each row counts, as `resamples` gives it
+    death_weights=None, # (rows,) how often a pair counts by the one who died first; default once
+) -> np.ndarray: # (b,) nan without a pair that counts
+    "C, pairs within folds only, pooled, for each set of weights"
+    own = np.ones(len(table)) if death_weights is None else death_weights
+    d,e,r = (table[c].values for c in ('duration','event','risk'))
+    right,pairs = sum(np.array(pair_counts(d[i], e[i], r[i], weights[:,i], own[i])) for i in table.groupby('fold').indices.values())
+    expect(pairs[0] > 0 or death_weights is not None, 'C-index', 'a fold in which one patient died before another',
+           f'{e.sum()} deaths in {len(e)} rows and {table.fold.nunique()} folds',
            'More patients, fewer folds, or a longer follow-up are needed.')
-    return np.divide(right, pairs, where=pairs > 0, out=np.full(n_boot+1, np.nan))
+    return np.divide(right, pairs, where=pairs > 0, out=np.full(len(weights), np.nan))
 
 # %% ../../nbs/22_survival.metrics.ipynb #07fee555
-def _interval(x):
+def interval_95(
+    x, # (n_boot,) what came out of each resample; nan are left out
+) -> dict: # low, high; nan where nothing came out at all
     "The middle 95 % of resamples"
-    return dict(zip(('low','high'), np.nanquantile(x, [.025,.975]).tolist()))
+    x = x[~np.isnan(x)]
+    return dict(zip(('low','high'), np.quantile(x, [.025,.975]).tolist() if len(x) else (np.nan,np.nan)))
 
 def c_index_table(
     table:pd.DataFrame, # predictions
@@ -138,9 +157,9 @@ def c_index_table(
 ) -> dict: # value, low, high, n (patients), events (patients who died)
     "Harrell's C, pairs within folds only, pooled; with a 95 % interval by bootstrap over patients"
     t = check_predictions(table)
-    c = _c_samples(t, n_boot, seed)
+    c = c_samples(t, resamples(t.patient, n_boot, seed))
     people = t.drop_duplicates('patient')
-    return dict(value=float(c[0]), **_interval(c[1:]), n=len(people), events=int(people.event.sum()))
+    return dict(value=float(c[0]), **interval_95(c[1:]), n=len(people), events=int(people.event.sum()))
 
 # %% ../../nbs/22_survival.metrics.ipynb #9bf62124
 def _paired(table_a, table_b):
@@ -149,16 +168,24 @@ def _paired(table_a, table_b):
     left_out = sorted(set(a.patient) ^ set(b.patient))
     both = a.merge(b, on=['patient','fold'], suffixes=('','_b'))
     apart = set(a.patient) & set(b.patient) - set(both.patient)
-    expect(not apart, f'fold of patient {_some(sorted(apart))}', 'the same in both tables', 'different folds',
+    expect(not apart, f'fold of patient {first_few(sorted(apart))}', 'the same in both tables', 'different folds',
            'Compare models that were trained on the same folds.')
     expect(len(both), 'comparison', 'patients that both tables have', 'none')
     differ = (both.duration != both.duration_b) | (both.event != both.event_b)
-    expect(not differ.any(), f'follow-up of patient {_some(both.patient[differ])}', 'the same in both tables', 'different ones',
+    expect(not differ.any(), f'follow-up of patient {first_few(both.patient[differ])}', 'the same in both tables', 'different ones',
            'Compare models on the same cohort.')
     both = both.sort_values(['fold','patient'], ignore_index=True)
     return both, both.assign(risk=both.risk_b), left_out
 
 # %% ../../nbs/22_survival.metrics.ipynb #492ad394
+def difference_95(
+    d, # (n_boot+1,) a difference as it is, then of each resample
+) -> dict: # difference, low, high, p (two-sided)
+    "A difference with its 95 % interval and the p-value of no difference"
+    d,boot = float(d[0]), d[1:][~np.isnan(d[1:])]
+    p = 2*(1 + min((boot <= 0).sum(), (boot >= 0).sum()))/(1 + len(boot))
+    return dict(difference=d, **interval_95(boot), p=float(min(1, p)))
+
 def compare(
     table_a:pd.DataFrame, # predictions of one model
     table_b:pd.DataFrame, # predictions of another, for the same folds
@@ -167,17 +194,15 @@ def compare(
 ) -> dict: # difference of C (a - b), low, high, p (two-sided), n (patients in both), left_out (patients in one only)
     "Paired difference of two C-indices on the same pairs, with a 95 % interval"
     a,b,left_out = _paired(table_a, table_b)
-    d = _c_samples(a, n_boot, seed) - _c_samples(b, n_boot, seed)
-    d,boot = float(d[0]), d[1:][~np.isnan(d[1:])]
-    p = 2*(1 + min((boot <= 0).sum(), (boot >= 0).sum()))/(1 + len(boot))
-    return dict(difference=d, **_interval(boot), p=float(min(1, p)), n=a.patient.nunique(), left_out=left_out)
+    w = resamples(a.patient, n_boot, seed)
+    return difference_95(c_samples(a, w) - c_samples(b, w)) | dict(n=a.patient.nunique(), left_out=left_out)
 
 # %% ../../nbs/22_survival.metrics.ipynb #ca03c4e7
 def _split(t):
     "Where each row's line is drawn, and the words for it"
     if 'train_median' not in t: return t.groupby('fold').risk.transform('median'), 'median risk of the reported fold'
     line = pd.to_numeric(t.train_median, errors='coerce')
-    expect(line.notna().all(), f'train_median of patient {_some(t.patient[line.isna()])}', 'a number', 'none',
+    expect(line.notna().all(), f'train_median of patient {first_few(t.patient[line.isna()])}', 'a number', 'none',
            'Give it for every row, or leave the column out.')
     return line, "median risk of the fold's training patients"
 
@@ -201,42 +226,3 @@ def logrank_split(
     judged = len(hi) and len(lo) and people.event.any()
     p = logrank_test(hi.duration, lo.duration, hi.event, lo.event).p_value if judged else np.nan
     return dict(p=float(p), n_low=len(lo), n_high=len(hi), split=_split(t)[1])
-
-# %% ../../nbs/22_survival.metrics.ipynb #a3577662
-def _true_table(t, truth):
-    "A checked table with the true risk in place of the predicted one"
-    truth = pd.Series(truth, dtype=float)
-    by_patient = truth.groupby(truth.index.astype(str)).agg(['first','nunique'])
-    clash = by_patient.index[by_patient['nunique'] > 1]
-    expect(not len(clash), f'true risk of patient {_some(clash)}', 'one value', 'several')
-    risk = t.patient.map(by_patient['first'])
-    expect(risk.notna().all(), f'true risk of patient {_some(t.patient[risk.isna()])}', 'a number', 'none',
-           'Give it for every patient, or leave the truth out.')
-    return t.assign(risk=risk)
-
-# %% ../../nbs/22_survival.metrics.ipynb #4fb0aefc
-def evaluate(
-    table:pd.DataFrame,        # predictions
-    expected:list=None,        # all patients who should have been scored; default those in the table
-    truth:pd.Series=None,      # true risk by patient, where it is known
-    protocol:str='nested',     # how the epoch was chosen: 'nested', 'fixed', or 'published' (on the reported fold)
-    n_boot:int=1000,           # resamples of the patients
-    seed:int=0,                # of the resamples
-) -> dict: # what `metrics.json` holds
-    "Everything that is reported about one table of predictions"
-    protocols = ('nested','fixed','published')
-    expect(protocol in protocols, 'protocol', f'one of {", ".join(protocols)}', protocol)
-    t = check_predictions(table)
-    scored = set(t.patient)
-    expected = scored if expected is None else set(map(str, expected))
-    expect(scored <= expected, f'patient {_some(sorted(scored - expected))}', 'one of the expected patients', 'a row in the predictions',
-           'Give the cohort that was scored.')
-    folds,true = c_index_folds(t), None if truth is None else _true_table(t, truth)
-    c = np.array([f['c_index'] for f in folds])
-    pooled,boot = c_index_table(t, n_boot, seed), dict(n_boot=n_boot, seed=seed)
-    return dict(protocol=protocol, optimistic=protocol == 'published',
-                n_scored=len(scored), n_expected=len(expected), missing=sorted(expected - scored),
-                c_index=pooled, c_index_folds=folds, c_index_mean=float(np.nanmean(c)), c_index_std=float(np.nanstd(c)),
-                folds_without_pairs=[f['fold'] for f in folds if not f['pairs']],
-                truth=None if true is None else c_index_table(true, **boot), to_truth=None if true is None else compare(t, true, **boot),
-                logrank=logrank_split(t))

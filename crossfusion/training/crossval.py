@@ -4,29 +4,34 @@
 
 # %% ../../nbs/51_training.crossval.ipynb #5a8b5521
 from __future__ import annotations
-import json, os
+import json, os, warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback
+from fastai.torch_core import default_device, to_device
 from safetensors.torch import load_file, save_file
 from ..bag import Bag
-from ..core import CrossFusionError, RunFolder, atomic_path, expect, fingerprint, in_parallel, progress, read_json, set_seed, write_json, write_text
+from ..cluster import on_ray
+from ..core import CrossFusionError, RunFolder, atomic_path, derive_seed, expect, fingerprint, in_parallel, progress, read_json, set_seed, write_json, write_text
 from ..data.bags import KeptBags, bags_fingerprint
-from ..data.cohort import check_folds, make_folds, match_bags, patients_of, split_patients
+from ..data.cohort import CLINICAL, check_folds, make_folds, match_bags, patients_of, split_patients
 from ..data.loaders import bag_inputs, patient_loader, patient_loaders
 from ..models.registry import model_named
-from ..survival.metrics import evaluate
+from ..survival.added_value import added_value
+from ..survival.evaluation import evaluate
+from ..survival.metrics import compare
 from ..survival.outcomes import cut_points, logits_to_risk, logits_to_survival
+from .callbacks import Checkpoint, NoValidation, SeedEpochs
 from .learner import Recipe, Standardised, fit_recipe, recipe_named, survival_learner
 
 # %% auto #0
-__all__ = ['PROTOCOLS', 'inner_split', 'predict_patients', 'new_model', 'train_fold', 'cross_validate', 'score', 'metrics_line',
-           'load_fold', 'own_folds', 'predict', 'attention']
+__all__ = ['PROTOCOLS', 'inner_split', 'training_sides', 'predict_patients', 'new_model', 'train_fold', 'cross_validate', 'score',
+           'metrics_line', 'twins', 'optimism', 'optimism_line', 'load_fold', 'own_folds', 'predict', 'attention']
 
 # %% ../../nbs/51_training.crossval.ipynb #1736757c
-PROTOCOLS = ('nested',)
+PROTOCOLS = ('nested','published','fixed')
 
 def inner_split(
     cohort:pd.DataFrame, # one row per slide
@@ -38,6 +43,17 @@ def inner_split(
     part = split_patients(p, min(5, len(p)), seed)
     return p.patient[part > 0].tolist(), p.patient[part == 0].tolist()
 
+def training_sides(
+    cohort:pd.DataFrame, # one row per slide
+    fold:dict,           # train and test patients
+    protocol:str='nested', # one of `PROTOCOLS`
+    seed:int=0,          # another seed, another split
+) -> tuple: # patients that give gradients, patients that choose the epoch (none if it is fixed)
+    "Who does what in a fold"
+    expect(protocol in PROTOCOLS, 'protocol', ', '.join(PROTOCOLS), protocol)
+    if protocol == 'nested': return inner_split(cohort, fold['train'], seed)
+    return fold['train'], fold['test'] if protocol == 'published' else []
+
 # %% ../../nbs/51_training.crossval.ipynb #e14b3efc
 @torch.no_grad()
 def predict_patients(
@@ -46,14 +62,15 @@ def predict_patients(
     bags:Mapping,        # slide -> `Bag`
     patients:list,       # whom to predict
     cuts,                # (n_bins+1,) edges of the time bins, months
-) -> pd.DataFrame: # patient, duration, event, bin, risk, s1..sk
+) -> pd.DataFrame: # patient, duration, event, bin, risk, s1..sk (probability to live past a bin), t1..t(k-1) (its right edge, months)
     "Risk and survival of patients"
-    model.eval()
     dl = patient_loader(cohort, bags, patients, cuts)
-    logits = torch.cat([model(*inputs).float() for inputs,_ in dl])
+    model.to(dl.device or 'cpu').eval()
+    logits = torch.cat([model(*inputs).float().cpu() for inputs,_ in dl])
     for p in dl.dataset.table.patient[~torch.isfinite(logits).all(1).numpy()]: raise CrossFusionError(f'patient {p}: expected finite hazards, found NaN. Check the features of the slides.')
     s = pd.DataFrame(logits_to_survival(logits).numpy(), columns=[f's{i+1}' for i in range(logits.shape[1])])
-    return pd.concat([dl.dataset.table[['patient','duration','event','bin']], pd.Series(logits_to_risk(logits).numpy(), name='risk'), s], axis=1)
+    t = pd.concat([dl.dataset.table[['patient','duration','event','bin']], pd.Series(logits_to_risk(logits).numpy(), name='risk'), s], axis=1)
+    return t.assign(**{f't{i+1}': c for i,c in enumerate(cuts[1:-1])})
 
 # %% ../../nbs/51_training.crossval.ipynb #63eef26d
 def new_model(
@@ -64,13 +81,28 @@ def new_model(
     return Standardised(model_named(s['model'], n_features=s['n_features'], n_bins=s['n_bins'], **s['model_options']), s['mags'], s['n_features'])
 
 class _Bar(Callback):
-    "Moves a bar by one each epoch"
+    "Moves a bar by one each epoch, and to the end if training ends early"
+    order = 95   # after the Checkpoint
     def __init__(self, bar): self.bar = bar
-    def after_epoch(self): self.bar.update()
+    def before_fit(self): self._to(self.learn.first_epoch, start=0)
+    def after_epoch(self): self._to(self.epoch + 1)
+    def after_fit(self): self._to(self.n_epoch)
+    def _to(self, n, start=None):
+        self.done = self.done if start is None else start
+        self.bar.update(n - self.done); self.done = n
 
 def _write_table(path, t):
     "A CSV file, floats with nine digits so that they read back as the float32 they are"
     write_text(path, t.to_csv(index=False, float_format='%.9g'))
+
+def _train(model, run, k, fold, cohort, bags, cuts, bar):
+    "Train a fold's model, or go on from its checkpoint; its history"
+    s = run.config['settings']
+    fit,choose = training_sides(cohort, fold, s['protocol'], derive_seed(s['seed'], 'inner', k))
+    recipe = Recipe(**s['recipe']) if choose else recipe_named(Recipe(**s['recipe']), choose='last', patience=0)
+    cbs = [SeedEpochs(s['seed'], 'fold', k), Checkpoint(run.fold(k)/'checkpoint.pt'), *([_Bar(bar)] if bar else []), *([] if choose else [NoValidation()])]
+    learn = survival_learner(patient_loaders(cohort, bags, fit, choose or fit[:1], cuts), model, recipe, cbs)
+    with learn.no_bar(): return fit_recipe(learn)
 
 def train_fold(
     run:RunFolder,       # where to write
@@ -81,28 +113,25 @@ def train_fold(
     threads:int=None,    # torch threads; None leaves them
     bar=None,            # progress bar, moved each epoch
 ):
-    "Train, choose and score one fold, unless it is done"
-    where,s = run.fold(k), run.config['settings']
-    if (where/'predictions.csv').exists(): return bar and bar.update(s['recipe']['n_epoch'])
-    before = torch.get_num_threads()
+    "Train, choose and score one fold, or what is left to do of it"
+    where,s,before = run.fold(k), run.config['settings'], torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
+        if (where/'predictions.csv').exists(): return bar and bar.update(s['recipe']['n_epoch'])
         set_seed(s['seed'], 'fold', k)
         p = patients_of(cohort[cohort.patient.isin(fold['train'])])
-        cuts = cut_points(p.duration, p.event, s['n_bins'])
-        dls = patient_loaders(cohort, bags, *inner_split(cohort, fold['train'], s['seed']), cuts)
-        model = new_model(s)
-        learn = survival_learner(dls, model, recipe_named(Recipe(**s['recipe'])), cbs=[_Bar(bar)] if bar else [])
-        with learn.no_bar(): history = fit_recipe(learn)
+        cuts,model = cut_points(p.duration, p.event, s['n_bins']), new_model(s)
+        history = _train(model, run, k, fold, cohort, bags, cuts, bar)
         train = predict_patients(model, cohort, bags, p.patient, cuts)
         test = predict_patients(model, cohort, bags, fold['test'], cuts).assign(train_median=train.risk.median())
+        with atomic_path(where/'model.safetensors') as part: save_file({n: v.contiguous() for n,v in model.state_dict().items()}, part)
+        _write_table(where/'history.csv', history)
+        write_json(where/'fold.json', dict(cuts=[c if np.isfinite(c) else None for c in cuts], train_median=float(train.risk.median())))
+        test.insert(1, 'fold', k)
+        _write_table(where/'predictions.csv', test)
+    except CrossFusionError as e: raise CrossFusionError(f'fold {k}: {e}') from None
     finally: torch.set_num_threads(before)
-    where.mkdir(parents=True, exist_ok=True)
-    with atomic_path(where/'model.safetensors') as part: save_file({n: v.contiguous() for n,v in model.state_dict().items()}, part)
-    _write_table(where/'history.csv', history)
-    write_json(where/'fold.json', dict(cuts=[c if np.isfinite(c) else None for c in cuts], train_median=float(train.risk.median())))
-    test.insert(1, 'fold', k)
-    _write_table(where/'predictions.csv', test)
+    (where/'checkpoint.pt').unlink(missing_ok=True)
 
 # %% ../../nbs/51_training.crossval.ipynb #52e2fc95
 def _settings(cohort, bags, folds, model, model_options, protocol, recipe, n_bins, seed):
@@ -110,7 +139,7 @@ def _settings(cohort, bags, folds, model, model_options, protocol, recipe, n_bin
     first = bags[cohort.slide.iloc[0]]
     return dict(model=model, model_options=model_options, protocol=protocol, recipe=asdict(recipe), n_bins=n_bins, seed=seed,
                 n_features=first.n_features, mags=first.mags, encoder=first.encoder, patch_px=first.patch_px, folds=fingerprint(folds),
-                cohort=fingerprint(cohort.to_csv(index=False)), bags=bags_fingerprint(bags, cohort.slide))
+                cohort=fingerprint(cohort.drop(columns=[c for c in CLINICAL if c in cohort]).to_csv(index=False)), bags=bags_fingerprint(bags, cohort.slide))
 
 def cross_validate(
     cohort:pd.DataFrame,   # one row per slide: patient, slide, duration (months), event (True = death observed)
@@ -123,6 +152,8 @@ def cross_validate(
     n_bins:int=4,          # time bins
     seed:int=0,            # another seed, other weights and splits
     n_workers:int=1,       # folds trained side by side
+    ray:str='',            # address of a Ray cluster that trains the folds; 'local' starts one here
+    gpu_share:float=0.,    # GPUs for a fold, on the cluster
     **model_options,       # of the model, for instance embed_dim=64
 ) -> dict: # the metrics, as in metrics.json
     "Train and score every fold; write the run folder"
@@ -133,20 +164,21 @@ def cross_validate(
     use = [{side: [p for p in f[side] if p in has_bag] for side in f} for f in folds]
     run = RunFolder(out).start(_settings(found, bags, folds, model, model_options, protocol, recipe_named(recipe), n_bins, seed))
     write_json(run/'folds.json', folds); _write_table(run/'cohort.csv', cohort); _write_table(run/'missing.csv', missing)
-    _train_folds(run, use, found, KeptBags(bags), n_workers)
+    _train_folds(run, use, found, KeptBags(bags), n_workers, ray, gpu_share)
     return score(run)
 
-def _train_folds(run, folds, cohort, bags, n_workers):
-    "Train the folds that are not done, `n_workers` at a time"
+def _train_folds(run, folds, cohort, bags, n_workers, ray='', gpu_share=0.):
+    "Train the folds that are not done, `n_workers` at a time or all at once on a cluster"
     n_epoch,desc = run.config['settings']['recipe']['n_epoch'], f'training {run.config["settings"]["model"]}'
     n_workers = min(n_workers, len(folds))
-    if n_workers == 1:
+    if n_workers == 1 and not ray:
         with progress(desc=desc, total=len(folds)*n_epoch, unit='epoch') as bar:
             for k,f in enumerate(folds): train_fold(run, k, f, cohort, bags, bar=bar)
         return
-    threads = max(1, os.cpu_count()//n_workers)
+    threads = 1 if ray else max(1, os.cpu_count()//n_workers)
     todo = [k for k in range(len(folds)) if not (run.fold(k)/'predictions.csv').exists()]
-    with in_parallel(train_fold, [(run, k, folds[k], cohort, bags, threads) for k in todo], n_workers, ordered=False) as done:
+    jobs = [(run, k, folds[k], cohort, bags, threads) for k in todo]
+    with on_ray(train_fold, jobs, ray, threads, gpu_share) if ray else in_parallel(train_fold, jobs, n_workers, ordered=False) as done:
         for _ in progress(done, desc, len(folds), 'fold', initial=len(folds)-len(todo)): pass
 
 # %% ../../nbs/51_training.crossval.ipynb #317ea7ea
@@ -158,6 +190,10 @@ def score(
     table = pd.concat([pd.read_csv(run.fold(k)/'predictions.csv', dtype={'patient': str}) for k in range(len(folds))], ignore_index=True)
     truth = patients_of(cohort).set_index('patient').true_risk if 'true_risk' in cohort else None
     metrics = evaluate(table, expected=sorted(cohort.patient.unique()), truth=truth, protocol=run.config['settings']['protocol'])
+    clinical = [c for c in CLINICAL if c in cohort]
+    if clinical:
+        try: metrics['added_value'] = added_value(table, patients_of(cohort)[['patient', *clinical]])
+        except CrossFusionError as e: warnings.warn(f'what the slide adds to {", ".join(clinical)} is not told: {e}', stacklevel=2)
     _write_table(run/'predictions.csv', table)
     write_json(run/'metrics.json', metrics)
     return metrics
@@ -170,7 +206,37 @@ def metrics_line(
     c,truth = m['c_index'],m['truth']
     line = f"C-index {c['value']:.3f} (95 % interval {c['low']:.3f} to {c['high']:.3f})"
     if truth: line += f", the true risk's own {truth['value']:.3f}"
+    if added := m.get('added_value'):
+        d = added['difference']
+        line += f"; on top of {', '.join(added['columns'])} {d['difference']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})"
     return f"{line}; log-rank p {m['logrank']['p']:.2g}; {m['n_scored']} of {m['n_expected']} patients scored" + ('; optimistic' if m['optimistic'] else '')
+
+# %% ../../nbs/51_training.crossval.ipynb #95d4374b
+def _as_run(run): return run if isinstance(run, RunFolder) else RunFolder(run)
+
+def twins(
+    run:str|Path|RunFolder, # a run folder
+) -> dict: # protocol -> run folder
+    "This run and its neighbours that differ from it in nothing but the protocol, as far as they are done"
+    run = _as_run(run)
+    same = lambda r: {k: v for k,v in r.config['settings'].items() if k != 'protocol'}
+    near = [RunFolder(p.parent) for p in sorted(run.path.resolve().parent.glob('*/metrics.json')) if (p.parent/'config.json').exists()]
+    return {r.config['settings']['protocol']: r for r in [*near, run] if 'protocol' in r.config['settings'] and same(r) == same(run)}
+
+def optimism(
+    run:str|Path|RunFolder, # a run folder, nested or published
+) -> dict: # difference of C (published - nested), low, high, p, n, left_out; None unless both are done
+    "By how much the published protocol flatters the model"
+    both = twins(run)
+    if not {'nested','published'} <= set(both): return None
+    return compare(*(pd.read_csv(both[p]/'predictions.csv', dtype={'patient': str}) for p in ('published','nested')))
+
+def optimism_line(
+    o:dict, # of `optimism`
+) -> str:
+    "The optimism in a line"
+    return (f"chosen on the reported patients, the C-index would be {abs(o['difference']):.3f} {'higher' if o['difference'] > 0 else 'lower'} "
+            f"(95 % interval {o['low']:+.3f} to {o['high']:+.3f}, {o['n']} patients)")
 
 # %% ../../nbs/51_training.crossval.ipynb #46e00a63
 def load_fold(
@@ -182,7 +248,7 @@ def load_fold(
     for f in ('model.safetensors','fold.json'): expect((where/f).exists(), str(where/f), 'a trained fold', 'no such file', 'Finish the training first.')
     model = new_model(s)
     model.load_state_dict(load_file(where/'model.safetensors'))
-    return model.eval(), read_json(where/'fold.json')
+    return model.to(default_device()).eval(), read_json(where/'fold.json')
 
 def own_folds(
     run:RunFolder, # a run
@@ -199,11 +265,9 @@ def _check_kind(run, bag):
         expect(found == s[what], f'{bag.slide} for {run.path}', f'{what} {s[what]}', found, 'Extract the slide as the run\'s slides were.')
 
 # %% ../../nbs/51_training.crossval.ipynb #e5c60570
-def _as_run(run): return run if isinstance(run, RunFolder) else RunFolder(run)
-
 def _batch(bag):
     "A bag as a batch of one"
-    return tuple({m: o[None] for m,o in x.items()} for x in bag_inputs(bag))
+    return to_device(tuple({m: o[None] for m,o in x.items()} for x in bag_inputs(bag)), default_device())
 
 @torch.no_grad()
 def predict(
@@ -220,7 +284,7 @@ def predict(
     for slide in progress(list(bags if slides is None else slides), 'predicting', unit='slide'):
         bag = bags[slide]; _check_kind(run, bag)
         speak = [models[k] for k in own.get(slide) or range(len(models))]
-        logits = torch.cat([m(*_batch(bag)) for m,_ in speak]).float()
+        logits = torch.cat([m(*_batch(bag)) for m,_ in speak]).float().cpu()
         risk,s = logits_to_risk(logits), logits_to_survival(logits).mean(0)
         high = np.mean([r.item() > f['train_median'] for r,(_,f) in zip(risk, speak)])
         rows.append(dict(slide=slide, folds=len(speak), risk=risk.mean().item(), risk_sd=risk.std(correction=0).item(), high=high)
@@ -238,4 +302,4 @@ def attention(
     _check_kind(run, bag)
     speak = own_folds(run).get(bag.slide) or range(len(read_json(run/'folds.json')))
     maps = [load_fold(run, k)[0].attention(*_batch(bag)) for k in speak]
-    return {stage: {m: np.mean([np.asarray(o[stage][m]) for o in maps], 0) for m in maps[0][stage]} for stage in maps[0]}
+    return {stage: {m: np.mean([np.asarray(o[stage][m].cpu()) for o in maps], 0) for m in maps[0][stage]} for stage in maps[0]}

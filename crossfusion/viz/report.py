@@ -10,17 +10,19 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from ..core import CrossFusionError, RunFolder, atomic_path, expect, read_json, versions, write_text
-from ..survival.metrics import check_predictions, compare, evaluate
+from ..survival.evaluation import evaluate, predicted_curve
+from ..survival.metrics import check_predictions, compare
 from ..survival.outcomes import cut_points
-from .plots import (cuts_of_fold, interval_text, median_followup, need, p_text, plot_c_index, plot_followup, plot_km, plot_survival,
-                                   plot_training, survival_points)
+from .plots import (cuts_of_fold, interval_text, median_followup, need, p_text, plot_c_index, plot_calibration, plot_followup, plot_km,
+                                   plot_survival, plot_training, survival_points)
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'CSS', 'QUESTION', 'DISCLAIMER', 'Results', 'read_results', 'Html', 'join', 'h', 'html_table', 'embed',
            'figure_html', 'picture', 'verdict', 'answer_section', 'protocol_label', 'banner', 'protocol_section',
-           'missing_rows', 'cohort_section', 'comparison_rows', 'fold_table', 'results_section', 'groups_section',
-           'survival_section', 'training_section', 'patient_pairs', 'patients_section', 'flatten', 'settings_section',
-           'heatmap_section', 'page_html', 'write_report']
+           'missing_rows', 'cohort_section', 'comparison_rows', 'fold_table', 'results_section', 'further_rows',
+           'added_value_part', 'further_section', 'groups_section', 'survival_section', 'training_section',
+           'patient_pairs', 'patients_section', 'flatten', 'settings_section', 'heatmap_section', 'page_html',
+           'write_report']
 
 # %% ../../nbs/63_viz.report.ipynb #4be9538e
 @dataclass
@@ -51,10 +53,11 @@ def _judge(table, cohort, protocol):
 
 # %% ../../nbs/63_viz.report.ipynb #a5b194c4
 def _read_cuts(path, table):
-    "Cut points of each fold as training wrote them; else those of all scored patients, where there are any"
+    "Cut points of each fold as training or the table says them; else those of all scored patients, where there are any"
     files = {k: path/f'fold_{k}'/'fold.json' for k in table.fold.unique()}
     if all(f.exists() for f in files.values()):
         return {k: np.array([np.inf if c is None else c for c in read_json(f)['cuts']], float) for k,f in files.items()}
+    if curve := predicted_curve(table): return {k: np.append(curve[0][rows[0]], np.inf) for k,rows in table.groupby('fold').indices.items()}
     n = sum(f's{k}' in table for k in range(1, 100))
     try: return dict.fromkeys(files, cut_points(table.duration, table.event, n)) if n else None
     except CrossFusionError: return None
@@ -288,6 +291,51 @@ def results_section(
     several = others or r.metrics.get('truth')
     return join(plot, html_table(comparison_rows(r, others), ['model','C-index (95 %)','scored','difference to this run','p']) if several else '', h('h3', 'By fold'), fold_table(r))
 
+# %% ../../nbs/63_viz.report.ipynb #d1cdea6c
+def _than_average(d):
+    "What the difference of two Brier scores, model minus average, allows to say"
+    if d['high'] < 0: return 'The predicted probabilities are better than the average survival curve, given to everybody.'
+    if d['low'] > 0: return 'The predicted probabilities are worse than the average survival curve, given to everybody. Use the order, not the probabilities.'
+    return 'The predicted probabilities cannot be told from the average survival curve, given to everybody.'
+
+def further_rows(
+    m:dict, # metrics
+) -> list: # of table rows
+    "Uno's C, AUC and Brier score, each with what stands beside it"
+    rows,uno,b = [], m.get('uno_c'), m.get('integrated_brier')
+    if uno: rows.append(['Uno’s C', interval_text(uno), f'deaths before {uno["tau"]:.0f} months'])
+    for a in m.get('auc') or []: rows.append([f'AUC at {a["time"]:.0f} months', interval_text(a), f'{a["n_cases"]} dead, {a["n_controls"]} alive'])
+    if b: rows.append([f'Brier score to {b["end"]:.0f} months', interval_text(b, 3), f'average curve {b["reference"]:.3f}'])
+    return rows
+
+# %% ../../nbs/63_viz.report.ipynb #0ebabeda
+def added_value_part(
+    a:dict, # of `added_value`; None leaves the part out
+) -> Html:
+    "C-index of clinical columns, of the risk and of both"
+    if not a: return Html('')
+    d,ratio = a['difference'], a['likelihood_ratio']
+    says = 'The slide adds to what the clinic knows.' if d['low'] > 0 else 'The C-index does not show that the slide adds to what the clinic knows.'
+    out = f', {a["left_out"]} left out for missing values' if a['left_out'] else ''
+    rows = [[name, interval_text(a[k])] for name,k in ((', '.join(a['columns']), 'clinical'), ('the risk of the slide', 'risk'), ('both', 'both'))]
+    return join(h('h3', 'What the slide adds'), h('p', h('strong', says), f' Both minus clinical: {_signed(d)}, {p_text(d["p"])}; likelihood-ratio test '
+                f'{p_text(ratio["p"])}. {a["n"]} patients{out}. Each model was fitted on the patients of the other folds, with risks from models that had not '
+                'seen them.'), html_table(rows, ['Cox model of', 'C-index (95 %)']))
+
+def further_section(
+    r:Results, # the run
+) -> Html:
+    "Metrics that make up for censoring, that judge probabilities, and what the slide adds"
+    m,rows = r.metrics, further_rows(r.metrics)
+    parts = [html_table(rows, ['metric','value (95 %)','beside it']), h('p', 'Uno’s C and the AUC weigh patients so as if nobody had been lost from sight. '
+             'The Brier score is the squared distance of probability and outcome, lower is better.')] if rows else []
+    if m.get('integrated_brier'): parts.append(h('p', _than_average(m['integrated_brier']['to_reference'])))
+    if g := m.get('calibration'):
+        said = '; '.join(f'{_percent(o["predicted"])} % and {_percent(o["observed"])} %' for o in g)
+        parts.append(picture(r, 'calibration', lambda ax: plot_calibration(m, ax), f'Survival at {g[0]["time"]:.0f} months in groups of patients: what was '
+            'predicted and what was seen, with 95 % intervals. On the dotted line both agree.', f'Predicted and observed survival: {said}.', 3.6))
+    return join(*parts, added_value_part(m.get('added_value')))
+
 # %% ../../nbs/63_viz.report.ipynb #8c9d15ae
 def groups_section(
     r:Results, # the run
@@ -462,7 +510,7 @@ def write_report(
                h('h1', title), banner(r) if warn else '', answer_section(r))
     page = page_html(f'{title} (optimistic)' if r.metrics.get('optimistic') else title, top, [
         ('Question', h('p', QUESTION)), ('Cohort', cohort_section(r)), ('Protocol', protocol_section(r)), ('C-index', results_section(r, others)),
-        ('Risk groups', groups_section(r)), ('Single patients', survival_section(r)), ('Training', training_section(r)),
+        ('Beyond the C-index', further_section(r)), ('Risk groups', groups_section(r)), ('Single patients', survival_section(r)), ('Training', training_section(r)),
         ('A slide', heatmap_section(r, heatmap)), ('Best and worst', patients_section(r)), ('Settings', settings_section(r))])
     out = Path(out or r.path/'report.html')
     write_text(out, page)

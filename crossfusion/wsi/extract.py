@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 import os, numpy as np, pandas as pd, torch
-from ..core import MAGS, CrossFusionError, RunFolder, atomic_path, error_line, expect, in_parallel, mag_to_mpp, progress
+from ..core import MAGS, CrossFusionError, RunFolder, atomic_path, error_line, expect, mag_to_mpp, progress
+from ..cluster import workers
 from ..bag import Bag, read_bag, write_bag
 from .slides import Grid, Slide, cell_patches, patch_grid, tissue_mask
 from .encoders import check_encoder, encoder_named
@@ -159,21 +160,21 @@ def _row(path, found=None, **kwargs):
     "One row of the log; `found` is a grid or a bag"
     return dict(slide=path.stem) | ({f'n{m}': len(c) for m,c in found.coords.items()} | dict(mpp=found.mpp) if found else {}) | kwargs
 
-def _plan_all(args, log, n_workers):
+def _plan_all(args, log, parallel):
     "Grids of the slides that have one; why the others have none goes to the log"
     plans = {}
-    with in_parallel(_or_reason, ((p, plan_slide, *a) for p,a in args.items()), n_workers) as results:
+    with parallel(_or_reason, ((p, plan_slide, *a) for p,a in args.items())) as results:
         for r,p in zip(progress(results, 'finding tissue', total=len(args), unit='slide', disable=not args), args):
             if isinstance(r, str): log[p] = _row(p, status='failed', reason=r)
             else: plans[p],log[p] = r[0], _row(p, r[0], mpp_source=r[1], status='waiting')
     return plans
 
 # %% ../../nbs/12_wsi.extract.ipynb #d764a590
-def _encode_all(plans, log, n_workers, spec, batch_size, out):
+def _encode_all(plans, log, parallel, spec, batch_size, out):
     "Encode piece by piece and write each slide's bag when it is complete"
     work = [(p, g, o, spec, batch_size) for p,g in plans.items() for o in pieces(g)]
     total = sum(len(c) for g in plans.values() for c in g.coords.values())
-    with in_parallel(_piece, work, n_workers) as results, progress(None, 'encoding', total=total, unit='patch', disable=not work) as bar:
+    with parallel(_piece, work) as results, progress(None, 'encoding', total=total, unit='patch', disable=not work) as bar:
         for k,(p,g) in enumerate(plans.items()):
             got = []
             for o in pieces(g):
@@ -205,6 +206,7 @@ def extract(
     min_tissue:float=.25, # share of tissue that a cell of the coarsest scale needs
     n_workers:int=None,   # processes; None for one per core, or one for an encoder of your own
     batch_size:int=16,    # patches at once
+    ray:str='',           # address of a Ray cluster to do it instead, as in `cluster.connected`: local, auto, host:port
     **kwargs,             # for `encoder_named`: input_px
 ) -> pd.DataFrame: # the log
     "Extract slides to bag files; finished ones are skipped, bad ones are reported"
@@ -217,7 +219,8 @@ def extract(
     bags = {p: _finished(out/f'{p.stem}.h5', name, mags, patch_px, mpp_of(p)) for p in paths}
     log = {p: _row(p, b, status='skipped') if b else _row(p, status='waiting') for p,b in bags.items()}
     try:
-        plans = _plan_all({p: (mpp_of(p), mags, patch_px, min_tissue) for p,b in bags.items() if not b}, log, n_workers)
-        _encode_all(plans, log, n_workers, spec, batch_size, out)
+        with workers(n_workers, '' if all(bags.values()) else ray) as parallel:
+            plans = _plan_all({p: (mpp_of(p), mags, patch_px, min_tissue) for p,b in bags.items() if not b}, log, parallel)
+            _encode_all(plans, log, parallel, spec, batch_size, out)
     finally: table = _write_log(out/'extract.csv', log, mags)
     return table
