@@ -9,7 +9,7 @@ from .core import CrossFusionError, shell_errors
 with shell_errors(): from fastcore.script import call_parse
 
 # %% auto #0
-__all__ = ['command', 'demo', 'simulate', 'extract', 'train', 'evaluate', 'predict', 'heatmap', 'report']
+__all__ = ['command', 'demo', 'simulate', 'run_lines', 'extract', 'train', 'evaluate', 'predict', 'heatmap', 'report']
 
 # %% ../nbs/70_cli.ipynb #b3c5ebc2
 def command(f):
@@ -49,6 +49,18 @@ def simulate(
     print(f'{table.patient.nunique()} patients, {len(table)} slides: {out}')
 
 # %% ../nbs/70_cli.ipynb #9b7c0275
+def run_lines(run, against=''):
+    "What a run found, in a few lines"
+    from crossfusion.core import RunFolder, read_json
+    from crossfusion.survival.metrics import compare, read_predictions
+    from crossfusion.training.crossval import metrics_line, optimism, optimism_line
+    lines,o = [metrics_line(read_json(RunFolder(run)/'metrics.json'))], optimism(run)
+    if o: lines.append(optimism_line(o))
+    if against:
+        d = compare(*(read_predictions(RunFolder(r)/'predictions.csv')['predictions'] for r in (run, against)))
+        lines.append(f"{run} - {against}: C-index {d['difference']:+.3f} (95 % interval {d['low']:+.3f} to {d['high']:+.3f}), p {d['p']:.2g}, {d['n']} patients")
+    return '\n'.join(lines)
+
 @command
 def extract(
     slides:str,        # folder of slides, or one slide
@@ -59,12 +71,13 @@ def extract(
     input_px:int=224,  # side of a patch as the encoder sees it
     min_tissue:float=.25, # share of tissue that a 5x patch needs
     n_workers:int=0,   # processes; 0 for one per core
+    ray:str='',        # address of a Ray cluster that does the work: host:port, auto, or local to start one here
 ):
     "Turn slides into bag files: tissue, one grid for 5x, 10x and 20x, features; finished slides are skipped"
     from pathlib import Path
     from crossfusion.wsi.extract import extract
     log = extract([slides] if Path(slides).is_file() else slides, out, encoder, mpp, patch_px=patch_px, min_tissue=min_tissue,
-                  n_workers=n_workers or None, input_px=input_px)
+                  n_workers=n_workers or None, ray=ray, input_px=input_px)
     print(log.to_string(index=False))
     bad = log[log.status == 'failed']
     if len(bad): raise CrossFusionError(f'{len(bad)} of {len(log)} slides failed: {bad.slide.iloc[0]}: {bad.reason.iloc[0]}')
@@ -75,35 +88,44 @@ def train(
     bags:str,            # folder of bag files
     out:str,             # the run folder
     model:str='crossfusion', # crossfusion, amil, or another of `model_names()`
-    splits:str='',       # folder with splits_0.csv ...; default five folds of our own
+    protocol:str='nested', # who chooses the epoch: nested (a part of the training patients), fixed (nobody), published (the reported ones: optimistic)
+    recipe:str='default', # how to train: default or published
+    splits:str='',       # folder with splits_0.csv ...; default folds of our own
     n_folds:int=5,       # folds, without --splits
+    repeats:int=1,       # times all folds are trained, each time with other weights and, without --splits, other folds
     embed_dim:int=512,   # width of the model
-    n_epoch:int=15,      # passes over the training patients
+    n_epoch:int=0,       # passes over the training patients; 0 for as many as the recipe says
     seed:int=0,          # another seed, other weights and folds
     n_workers:int=1,     # folds trained side by side
+    ray:str='',          # address of a Ray cluster that trains the folds: host:port, auto, or local to start one here
+    gpu_share:float=0.,  # GPUs for a fold, with --ray
 ):
-    "Train and score every fold by the nested protocol; run again to go on after a stop"
+    "Train and score every fold; run again to go on after a stop"
     from crossfusion.data.bags import open_bags
     from crossfusion.data.cohort import make_folds, read_cohort, read_splits
-    from crossfusion.training.crossval import cross_validate, metrics_line
+    from crossfusion.training.crossval import cross_validate
     from crossfusion.training.learner import recipe_named
     table = read_cohort(cohort)
-    folds = read_splits(splits, table) if splits else make_folds(table, n_folds, seed)
-    print(metrics_line(cross_validate(table, open_bags(bags), out, model, folds, recipe=recipe_named(n_epoch=n_epoch), seed=seed,
-                                      n_workers=n_workers, embed_dim=embed_dim)))
+    folds = [f for r in range(repeats) for f in (read_splits(splits, table) if splits else make_folds(table, n_folds, seed + r))]
+    cross_validate(table, open_bags(bags), out, model, folds, protocol, recipe_named(recipe, **({'n_epoch': n_epoch} if n_epoch else {})), seed=seed,
+                   n_workers=n_workers, ray=ray, gpu_share=gpu_share, embed_dim=embed_dim)
+    print(run_lines(out))
 
 # %% ../nbs/70_cli.ipynb #be2a74f9
 @command
 def evaluate(
     run:str, # a run folder, or with --predictions a CSV file
     predictions:bool=False, # judge a file of predictions, ours or another program's: a row per patient and fold
+    against:str='', # another run folder on the same folds: the paired difference of the two
 ):
     "Judge predictions and print what comes out: of a run in a line, of a file also fold by fold"
     from crossfusion.core import RunFolder
     from crossfusion.survival.evaluation import evaluate
     from crossfusion.survival.metrics import c_index_folds, read_predictions
     from crossfusion.training.crossval import metrics_line, score
-    if not predictions: return print(metrics_line(score(RunFolder(run))))
+    if not predictions:
+        score(RunFolder(run))
+        return print(run_lines(run, against))
     for name,table in read_predictions(run).items():
         print(f'{name}: {metrics_line(evaluate(table))}')
         for f in c_index_folds(table): print(f"  fold {f['fold']}: C-index {f['c_index']!r}, {f['n']} patients, {f['events']} deaths")

@@ -20,8 +20,8 @@ __all__ = ['IN_FLIGHT', 'connected', 'on_ray', 'workers']
 # %% ../nbs/05_cluster.ipynb #35694a62
 _token = secrets.token_hex(32) # a Ray that this program starts takes work from nobody else
 
-def _init(ray, address, env={}, **kwargs):
-    "`ray.init` in silence, with this package for the workers"
+def _init(ray, address, env, **kwargs):
+    "`ray.init` in silence, with this package for the workers; the user's own environment goes before `env`"
     with patch.dict(os.environ, {k: v for k,v in env.items() if k not in os.environ}):
         ray.init(address, log_to_driver=False, logging_level='critical', runtime_env=dict(py_modules=[str(Path(core.__file__).parent)]), **kwargs)
 

@@ -13,8 +13,8 @@ from fastai.callback.core import Callback
 from fastai.torch_core import default_device, to_device
 from safetensors.torch import load_file, save_file
 from ..bag import Bag
-from ..cluster import on_ray
-from ..core import CrossFusionError, RunFolder, atomic_path, derive_seed, expect, fingerprint, in_parallel, progress, read_json, set_seed, write_json, write_text
+from ..cluster import workers
+from ..core import CrossFusionError, RunFolder, atomic_path, derive_seed, expect, fingerprint, progress, read_json, set_seed, write_json, write_text
 from ..data.bags import KeptBags, bags_fingerprint
 from ..data.cohort import CLINICAL, check_folds, make_folds, match_bags, patients_of, split_patients
 from ..data.loaders import bag_inputs, patient_loader, patient_loaders
@@ -178,7 +178,7 @@ def _train_folds(run, folds, cohort, bags, n_workers, ray='', gpu_share=0.):
     threads = 1 if ray else max(1, os.cpu_count()//n_workers)
     todo = [k for k in range(len(folds)) if not (run.fold(k)/'predictions.csv').exists()]
     jobs = [(run, k, folds[k], cohort, bags, threads) for k in todo]
-    with on_ray(train_fold, jobs, ray, threads, gpu_share) if ray else in_parallel(train_fold, jobs, n_workers, ordered=False) as done:
+    with workers(n_workers, todo and ray, num_cpus=threads, num_gpus=gpu_share) as parallel, parallel(train_fold, jobs, ordered=False) as done:
         for _ in progress(done, desc, len(folds), 'fold', initial=len(folds)-len(todo)): pass
 
 # %% ../../nbs/51_training.crossval.ipynb #317ea7ea
