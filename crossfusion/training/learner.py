@@ -16,7 +16,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from ..core import expect
-from ..survival.cox import loss_named
+from ..survival.cox import LOSSES, loss_named
 from .callbacks import (AverageWeights, BFloat16, CIndex, ClipGradients, GatherBags, GatherLogits, History, KeepBest,
     NameTrouble, NoValidation, SplatInputs, StopEarly, SurvivalLearner)
 
