@@ -100,16 +100,16 @@ def train(
     ray:str='',          # address of a Ray cluster that trains the folds: host:port, auto, or local to start one here
     gpu_share:float=0.,  # GPUs for a fold, with --ray
 ):
-    "Train and score every fold; run again to go on after a stop"
+    "Train and score every fold; run again to go on after a stop. `accelerate launch $(which crossfusion_train) ...` trains on all GPUs of a machine"
     from crossfusion.data.bags import open_bags
     from crossfusion.data.cohort import make_folds, read_cohort, read_splits
     from crossfusion.training.crossval import cross_validate
     from crossfusion.training.learner import recipe_named
     table = read_cohort(cohort)
     folds = [f for r in range(repeats) for f in (read_splits(splits, table) if splits else make_folds(table, n_folds, seed + r))]
-    cross_validate(table, open_bags(bags), out, model, folds, protocol, recipe_named(recipe, **({'n_epoch': n_epoch} if n_epoch else {})), seed=seed,
-                   n_workers=n_workers, ray=ray, gpu_share=gpu_share, embed_dim=embed_dim)
-    print(run_lines(out))
+    done = cross_validate(table, open_bags(bags), out, model, folds, protocol, recipe_named(recipe, **({'n_epoch': n_epoch} if n_epoch else {})), seed=seed,
+                          n_workers=n_workers, ray=ray, gpu_share=gpu_share, embed_dim=embed_dim)
+    if done: print(run_lines(out))
 
 # %% ../nbs/70_cli.ipynb #be2a74f9
 @command

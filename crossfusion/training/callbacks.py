@@ -5,11 +5,13 @@
 # %% ../../nbs/49_training.callbacks.ipynb #fdf1a712
 from __future__ import annotations
 import io, pickle, random
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor, nn
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelValidException
 from fastai.learner import Learner, Metric
+from fastai.torch_core import get_model, num_distrib, rank_distrib
 from fastcore.xtras import ContextManagers
 from ..core import CrossFusionError, atomic_path, derive_seed, expect, set_seed
 from ..survival.metrics import c_index
@@ -18,7 +20,7 @@ from ..survival.outcomes import logits_to_risk
 # %% auto #0
 __all__ = ['GatherBags', 'ClipGradients', 'join', 'GatherLogits', 'SplatInputs', 'NameTrouble', 'CIndex', 'OfTraining', 'History',
            'NoValidation', 'AverageWeights', 'KeepBest', 'StopEarly', 'BFloat16', 'SeedEpochs', 'SurvivalLearner',
-           'Checkpoint']
+           'Checkpoint', 'together']
 
 # %% ../../nbs/49_training.callbacks.ipynb #195eff91
 class GatherBags(Callback):
@@ -116,21 +118,21 @@ class AverageWeights(OfTraining):
     "Validate and keep an exponential moving average of the weights; `decay` is the share of the old average at each step"
     order = 40
     def __init__(self, decay:float=.99): self.decay,self.average,self.own = decay, None, None
-    def state_now(self): return self.average or self.model.state_dict()
+    def state_now(self): return self.average or get_model(self.model).state_dict()
     def before_fit(self): self.average = None
     @torch.no_grad()
     def after_step(self):
-        now = self.model.state_dict()
+        now = get_model(self.model).state_dict()
         if self.average is None: self.average = {k: v.clone() for k,v in now.items()}
         for k,v in self.average.items():
             if v.is_floating_point(): v.lerp_(now[k], 1 - self.decay)
             else: v.copy_(now[k])
     def before_validate(self):
         if self.average is None: return
-        self.own = {k: v.clone() for k,v in self.model.state_dict().items()}
-        self.model.load_state_dict(self.average)
+        self.own = {k: v.clone() for k,v in get_model(self.model).state_dict().items()}
+        get_model(self.model).load_state_dict(self.average)
     def after_validate(self):
-        if self.own is not None: self.model.load_state_dict(self.own)
+        if self.own is not None: get_model(self.model).load_state_dict(self.own)
         self.own = None
     def after_fit(self): self.average = None
     def state_dict(self): return dict(average=self.average)
@@ -151,12 +153,12 @@ class KeepBest(OfTraining):
         if not rows or rows[-1]['epoch'] != self.epoch or (self.epoch < self.first and self.epoch + 1 < self.n_epoch): return
         good = dict(loss=-rows[-1]['valid_loss'], c_index=rows[-1]['c_index'], last=self.epoch)[self.choose]
         if good > self.best:
-            now = self.learn.average_weights.state_now() if hasattr(self.learn, 'average_weights') else self.model.state_dict()
+            now = self.learn.average_weights.state_now() if hasattr(self.learn, 'average_weights') else get_model(self.model).state_dict()
             self.best,self.best_epoch,self.weights = good, self.epoch, {k: v.detach().clone() for k,v in now.items()}
     def after_fit(self):
         what = dict(loss='a finite validation loss', c_index='validation patients of whom one died before another', last='an epoch')[self.choose]
         expect(self.weights is not None, 'training', what, 'none in any epoch', 'Lower the learning rate, or give more patients.')
-        self.model.load_state_dict(self.weights)
+        get_model(self.model).load_state_dict(self.weights)
     def state_dict(self): return {k: getattr(self, k) for k in ('best','best_epoch','weights')}
     def load_state_dict(self, s): self.__dict__.update(s)
 
@@ -188,8 +190,9 @@ class SeedEpochs(OfTraining):
     order = -60
     def __init__(self, seed:int, *words): self.seed,self.words = seed,words
     def before_epoch(self):
-        set_seed(self.seed, *self.words, 'epoch', self.epoch)
-        self.dls.train.rng = random.Random(derive_seed(self.seed, *self.words, 'order', self.epoch))
+        process = ('process', rank_distrib()) if rank_distrib() else ()          # those that train together differ in dropout,
+        set_seed(self.seed, *self.words, 'epoch', self.epoch, *process)
+        getattr(self.dls.train, 'dl', self.dls.train).rng = random.Random(derive_seed(self.seed, *self.words, 'order', self.epoch))   # not in the order of patients
 
 class SurvivalLearner(Learner):
     "A fastai Learner that can begin at a later epoch, keeps training and judging apart, and leaves our errors the one line they are"
@@ -213,12 +216,30 @@ class Checkpoint(OfTraining):
         try: s = torch.load(self.path, weights_only=True, map_location=next(self.model.parameters()).device)
         except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as e:
             raise CrossFusionError(f'{self.path}: expected a checkpoint, found something else ({type(e).__name__}). Remove it: the fold then starts again.') from None
-        self.model.load_state_dict(s['model']); self.opt.load_state_dict(s['opt'])
+        get_model(self.model).load_state_dict(s['model']); self.opt.load_state_dict(s['opt'])
         for k,cb in self._others().items(): cb.load_state_dict(s['callbacks'][k])
         self.learn.first_epoch = s['epoch'] + 1
     def after_epoch(self):
+        if rank_distrib(): return
         opt = self.opt.state_dict()
-        s = dict(epoch=self.epoch, model=self.model.state_dict(), opt=dict(state=[dict(o) for o in opt['state']], hypers=[dict(o) for o in opt['hypers']]),
+        s = dict(epoch=self.epoch, model=get_model(self.model).state_dict(), opt=dict(state=[dict(o) for o in opt['state']], hypers=[dict(o) for o in opt['hypers']]),
                  callbacks={k: cb.state_dict() for k,cb in self._others().items()})
         whole = io.BytesIO(); torch.save(s, whole)     # to memory first: a full disk is then an OSError like any other
         with atomic_path(self.path) as part: part.write_bytes(whole.getbuffer())
+
+# %% ../../nbs/49_training.callbacks.ipynb #59792d20
+@contextmanager
+def together(
+    learn:Learner, # about to be fitted
+):
+    "Inside, the processes of `accelerate launch` train as one; without it nothing is different"
+    if num_distrib() < 2:
+        yield
+        return
+    try: from fastai.distributed import DistributedDL, DistributedTrainer
+    except (ImportError, NameError): raise CrossFusionError("several processes for one training: expected the package accelerate, found none. pip install 'crossfusion[gpus]'") from None
+    class Share(DistributedDL):
+        def _broadcast(self, idxs, rank): return idxs
+    class Together(DistributedTrainer):
+        def _wrap_dl(self, dl): return dl if isinstance(dl, DistributedDL) or dl is self.old_dls[1] else Share(dl, device=self.accelerator.device)
+    with learn.added_cbs(Together(sync_bn=False, cpu=not torch.cuda.is_available())): yield

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback
-from fastai.torch_core import default_device, to_device
+from fastai.torch_core import default_device, num_distrib, rank_distrib, to_device
 from safetensors.torch import load_file, save_file
 from ..bag import Bag
 from ..cluster import workers
@@ -122,6 +122,7 @@ def train_fold(
         p = patients_of(cohort[cohort.patient.isin(fold['train'])])
         cuts,model = cut_points(p.duration, p.event, s['n_bins']), new_model(s)
         history = _train(model, run, k, fold, cohort, bags, cuts, bar)
+        if rank_distrib(): return                                          # of several processes the first writes
         train = predict_patients(model, cohort, bags, p.patient, cuts)
         test = predict_patients(model, cohort, bags, fold['test'], cuts).assign(train_median=train.risk.median())
         with atomic_path(where/'model.safetensors') as part: save_file({n: v.contiguous() for n,v in model.state_dict().items()}, part)
@@ -155,7 +156,7 @@ def cross_validate(
     ray:str='',            # address of a Ray cluster that trains the folds; 'local' starts one here
     gpu_share:float=0.,    # GPUs for a fold, on the cluster
     **model_options,       # of the model, for instance embed_dim=64
-) -> dict: # the metrics, as in metrics.json
+) -> dict: # the metrics, as in metrics.json; None in all but the first of the processes of `accelerate launch`
     "Train and score every fold; write the run folder"
     expect(protocol in PROTOCOLS, 'protocol', ', '.join(PROTOCOLS), protocol)
     found,missing = match_bags(cohort, bags)
@@ -165,14 +166,15 @@ def cross_validate(
     run = RunFolder(out).start(_settings(found, bags, folds, model, model_options, protocol, recipe_named(recipe), n_bins, seed))
     write_json(run/'folds.json', folds); _write_table(run/'cohort.csv', cohort); _write_table(run/'missing.csv', missing)
     _train_folds(run, use, found, KeptBags(bags), n_workers, ray, gpu_share)
-    return score(run)
+    return None if rank_distrib() else score(run)
 
 def _train_folds(run, folds, cohort, bags, n_workers, ray='', gpu_share=0.):
     "Train the folds that are not done, `n_workers` at a time or all at once on a cluster"
     n_epoch,desc = run.config['settings']['recipe']['n_epoch'], f'training {run.config["settings"]["model"]}'
     n_workers = min(n_workers, len(folds))
+    expect(num_distrib() < 2 or (n_workers == 1 and not ray), 'training', 'several processes for a fold, or several folds side by side', 'both')
     if n_workers == 1 and not ray:
-        with progress(desc=desc, total=len(folds)*n_epoch, unit='epoch') as bar:
+        with progress(desc=desc, total=len(folds)*n_epoch, unit='epoch', disable=rank_distrib() > 0) as bar:
             for k,f in enumerate(folds): train_fold(run, k, f, cohort, bags, bar=bar)
         return
     threads = 1 if ray else max(1, os.cpu_count()//n_workers)

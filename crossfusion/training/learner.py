@@ -15,10 +15,11 @@ from fastai.callback.schedule import ParamScheduler, SchedCos, combined_cos
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import Adam
+from fastai.torch_core import num_distrib
 from ..core import expect
 from ..survival.cox import LOSSES, loss_named
 from .callbacks import (AverageWeights, BFloat16, CIndex, ClipGradients, GatherBags, GatherLogits, History, KeepBest,
-    NameTrouble, NoValidation, SplatInputs, StopEarly, SurvivalLearner)
+    NameTrouble, NoValidation, SplatInputs, StopEarly, SurvivalLearner, together)
 
 # %% auto #0
 __all__ = ['RECIPES', 'SCHEDULES', 'Recipe', 'recipe_named', 'schedule_of', 'Standardised', 'life_table', 'base_rate_',
@@ -137,7 +138,7 @@ def base_rate_(
 # %% ../../nbs/50_training.learner.ipynb #2a389a96
 def _callbacks(r, loss):
     "The callbacks of a recipe"
-    yield from (SplatInputs(), NameTrouble(), (GatherLogits if loss.compares else GatherBags)(r.gather), History(), KeepBest(r.choose, r.first_choice))
+    yield from (SplatInputs(), NameTrouble(), (GatherLogits if loss.compares else GatherBags)(max(1, r.gather//max(1, num_distrib()))), History(), KeepBest(r.choose, r.first_choice))
     if r.clip: yield ClipGradients(r.clip)
     if r.patience: yield StopEarly(r.patience)
     if r.average: yield AverageWeights(r.average)
@@ -166,6 +167,6 @@ def fit_recipe(
 ) -> pd.DataFrame: # epoch, train_loss, valid_loss, c_index, best (True in the epoch whose weights are kept)
     "Train by the learner's recipe; the model ends with the weights of the best epoch"
     r = learn.recipe
-    with learn.no_logging(): learn.fit(r.n_epoch, r.lr, wd=r.wd, cbs=[ParamScheduler(schedule_of(r))])
+    with learn.no_logging(), together(learn): learn.fit(r.n_epoch, r.lr, wd=r.wd, cbs=[ParamScheduler(schedule_of(r))])
     h = pd.DataFrame(learn.history.rows)
     return h.assign(best=h.epoch == learn.keep_best.best_epoch)
