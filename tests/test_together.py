@@ -1,8 +1,9 @@
 "Several processes that train one model together, as several GPUs would; here on the CPU"
-import os, signal, subprocess, sys, time
+import subprocess, sys, time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 SCRIPT = '''import os, sys, torch
@@ -50,7 +51,10 @@ def test_resumed_together(shell, script, tmp_path):
     p = shell.start(launch(script, tmp_path/'run', *args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.time() + 120
     while not list((tmp_path/'run').glob('fold_2/checkpoint.pt')): assert p.poll() is None and time.time() < end; time.sleep(.01)
-    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    everyone = [psutil.Process(p.pid), *psutil.Process(p.pid).children(recursive=True)]           # the processes are in sessions of their own
+    for o in everyone: o.kill()
+    p.wait(); psutil.wait_procs(everyone)
+    assert len(everyone) >= 3
     assert (r := shell.run(launch(script, tmp_path/'run', *args))).returncode == 0, r.stderr
     names = {p.relative_to(tmp_path/'whole') for p in (tmp_path/'whole').rglob('*')}
     assert names == {p.relative_to(tmp_path/'run') for p in (tmp_path/'run').rglob('*')}
