@@ -61,6 +61,7 @@ def run_lines(run, against=''):
         lines.append(f"{run} - {against}: C-index {d['difference']:+.3f} (95 % interval {d['low']:+.3f} to {d['high']:+.3f}), p {d['p']:.2g}, {d['n']} patients")
     return '\n'.join(lines)
 
+# %% ../nbs/70_cli.ipynb #cde0d885
 @command
 def extract(
     slides:str,        # folder of slides, or one slide
@@ -82,6 +83,7 @@ def extract(
     bad = log[log.status == 'failed']
     if len(bad): raise CrossFusionError(f'{len(bad)} of {len(log)} slides failed: {bad.slide.iloc[0]}: {bad.reason.iloc[0]}')
 
+# %% ../nbs/70_cli.ipynb #8db3b4c2
 @command
 def train(
     cohort:str,          # clinical table: patient, slide, duration (months), event; or a TCGA table

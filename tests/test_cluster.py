@@ -147,7 +147,7 @@ with shell_errors(), on_ray(work, [(i,) for i in range(9)]) as results: list(res
         until(lambda: p.poll() is not None or any(tmp_path.iterdir()))
         processes = psutil.Process(p.pid).children(recursive=True)
         raylet, = (q for q in processes if q.name() == 'raylet')
-        folder = Path(re.search(r'/tmp/ray\w+', ' '.join(raylet.cmdline()))[0])
+        folder = Path(re.search(r'/\S*/ray\w+(?=/session_)', ' '.join(raylet.cmdline()))[0])
         assert folder.is_dir()
         os.killpg(p.pid, signal.SIGINT)
         out, err = p.communicate(timeout=60)

@@ -12,6 +12,9 @@ from crossfusion.training.crossval import cross_validate
 from crossfusion.training.learner import recipe_named
 from test_faults import in_namespace, may_mount, said
 
+# Children come from a clean process: a fork of one whose OpenMP threads have run can wait for them forever
+children = multiprocessing.get_context('forkserver')
+children.set_forkserver_preload(['crossfusion.training.crossval'])
 OPTIONS = dict(model='amil', embed_dim=16, recipe=recipe_named(n_epoch=6, average=.9))
 
 
@@ -40,9 +43,9 @@ def same(run, other, names=('predictions.csv', *(f'fold_{k}/{f}' for k in range(
 def test_killed_at_ten_moments(cohort, undisturbed, tmp_path):
     "SIGKILL, again and again, at moments that nobody chose; then to the end: the bytes of a run that was never killed"
     whole, seconds = undisturbed
-    fork, kills = multiprocessing.get_context('fork').Process, []
+    kills = []
     while len(kills) < 10:
-        p, delay = fork(target=cross_validate, args=(*cohort[1:], tmp_path/'run'), kwargs=OPTIONS), random.uniform(0, seconds/4)
+        p, delay = children.Process(target=cross_validate, args=(*cohort[1:], tmp_path/'run'), kwargs=OPTIONS), random.uniform(0, seconds/4)
         p.start(); time.sleep(delay); p.kill(); p.join()
         if p.exitcode == 0: shutil.rmtree(tmp_path/'run')                               # it was done before its time came: start anew
         else: kills.append((round(delay, 2), p.exitcode, [f.parent.name for f in (tmp_path/'run').glob('*/checkpoint.pt')]))
@@ -65,7 +68,7 @@ def test_full_disk_at_a_checkpoint(shell, cohort, tmp_path, may_mount):
     folder, table, bags = cohort
     command = lambda out: shell.command('crossfusion_train', folder/'cohort.csv', folder, out, '--model', 'amil', '--embed_dim', 64, '--n_epoch', 3)
     options = dict(model='amil', embed_dim=64, recipe=recipe_named(n_epoch=3))
-    p = multiprocessing.get_context('fork').Process(target=cross_validate, args=(table, bags, tmp_path/'measure'), kwargs=options)
+    p = children.Process(target=cross_validate, args=(table, bags, tmp_path/'measure'), kwargs=options)
     p.start()
     while not list((tmp_path/'measure').glob('*/checkpoint.pt')): assert p.is_alive(); time.sleep(.005)
     p.kill(); p.join()

@@ -81,8 +81,7 @@ class CIndex(Metric):
     @property
     def value(self):
         logits,t = self.gathered()
-        try: return c_index(t['duration'].numpy(), t['event'].numpy(), logits_to_risk(logits).numpy())
-        except CrossFusionError: return float('nan')
+        return c_index(t['duration'].numpy(), t['event'].numpy(), logits_to_risk(logits).numpy())
     @property
     def name(self): return 'c_index'
 
@@ -173,16 +172,13 @@ class StopEarly(OfTraining):
 # %% ../../nbs/49_training.callbacks.ipynb #3bf785c8
 class BFloat16(Callback):
     "The forward pass in bfloat16"
-    order,context = -15,None
+    order = -40   # before all that may raise
     def before_batch(self):
         self.context = torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16)
         self.context.__enter__()
-    def after_pred(self): self.learn.pred = self.pred.float()
-    def after_loss(self): self._leave()
-    def after_cancel_batch(self): self._leave()
-    def _leave(self):
-        if self.context: self.context.__exit__(None, None, None)
-        self.context = None
+    def after_pred(self):
+        self.context.__exit__(None, None, None)
+        self.learn.pred = self.pred.float()
 
 # %% ../../nbs/49_training.callbacks.ipynb #5d28bffb
 class SeedEpochs(OfTraining):
@@ -213,12 +209,14 @@ class Checkpoint(OfTraining):
     def before_fit(self):
         self.learn.first_epoch = 0
         if not self.path.exists(): return
-        try: s = torch.load(self.path, weights_only=True, map_location=next(self.model.parameters()).device)
-        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as e:
-            raise CrossFusionError(f'{self.path}: expected a checkpoint, found something else ({type(e).__name__}). Remove it: the fold then starts again.') from None
-        get_model(self.model).load_state_dict(s['model']); self.opt.load_state_dict(s['opt'])
-        for k,cb in self._others().items(): cb.load_state_dict(s['callbacks'][k])
-        self.learn.first_epoch = s['epoch'] + 1
+        try:
+            s = torch.load(self.path, weights_only=True, map_location=next(self.model.parameters()).device)
+            get_model(self.model).load_state_dict(s['model']); self.opt.load_state_dict(s['opt'])
+            for k,cb in self._others().items(): cb.load_state_dict(s['callbacks'][k])
+            self.learn.first_epoch = s['epoch'] + 1
+        except (RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError, AssertionError, pickle.UnpicklingError) as e:
+            raise CrossFusionError(f'{self.path}: expected a checkpoint of this training, found something else ({type(e).__name__}). '
+                                   'Remove it: the fold then starts again.') from None
     def after_epoch(self):
         if rank_distrib(): return
         opt = self.opt.state_dict()

@@ -80,6 +80,7 @@ def new_model(
     s = settings
     return Standardised(model_named(s['model'], n_features=s['n_features'], n_bins=s['n_bins'], **s['model_options']), s['mags'], s['n_features'])
 
+# %% ../../nbs/51_training.crossval.ipynb #e62e3fc5
 class _Bar(Callback):
     "Moves a bar by one each epoch, and to the end if training ends early"
     order = 95   # after the Checkpoint
@@ -95,6 +96,12 @@ def _write_table(path, t):
     "A CSV file, floats with nine digits so that they read back as the float32 they are"
     write_text(path, t.to_csv(index=False, float_format='%.9g'))
 
+def _is_done(run, k):
+    "Whether a fold has its predictions; then it needs its checkpoint no longer"
+    done = (run.fold(k)/'predictions.csv').exists()
+    if done: (run.fold(k)/'checkpoint.pt').unlink(missing_ok=True)
+    return done
+
 def _train(model, run, k, fold, cohort, bags, cuts, bar):
     "Train a fold's model, or go on from its checkpoint; its history"
     s = run.config['settings']
@@ -104,6 +111,7 @@ def _train(model, run, k, fold, cohort, bags, cuts, bar):
     learn = survival_learner(patient_loaders(cohort, bags, fit, choose or fit[:1], cuts), model, recipe, cbs)
     with learn.no_bar(): return fit_recipe(learn)
 
+# %% ../../nbs/51_training.crossval.ipynb #9a9f08ac
 def train_fold(
     run:RunFolder,       # where to write
     k:int,               # number of the fold
@@ -117,7 +125,7 @@ def train_fold(
     where,s,before = run.fold(k), run.config['settings'], torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        if (where/'predictions.csv').exists(): return bar and bar.update(s['recipe']['n_epoch'])
+        if _is_done(run, k): return bar and bar.update(s['recipe']['n_epoch'])
         set_seed(s['seed'], 'fold', k)
         p = patients_of(cohort[cohort.patient.isin(fold['train'])])
         cuts,model = cut_points(p.duration, p.event, s['n_bins']), new_model(s)
@@ -132,7 +140,7 @@ def train_fold(
         _write_table(where/'predictions.csv', test)
     except CrossFusionError as e: raise CrossFusionError(f'fold {k}: {e}') from None
     finally: torch.set_num_threads(before)
-    (where/'checkpoint.pt').unlink(missing_ok=True)
+    _is_done(run, k)
 
 # %% ../../nbs/51_training.crossval.ipynb #52e2fc95
 def _settings(cohort, bags, folds, model, model_options, protocol, recipe, n_bins, seed):
@@ -162,7 +170,7 @@ def cross_validate(
     found,missing = match_bags(cohort, bags)
     folds = check_folds(folds or make_folds(cohort, seed=seed), cohort)
     has_bag = set(found.patient)
-    use = [{side: [p for p in f[side] if p in has_bag] for side in f} for f in folds]
+    use = check_folds([{side: [p for p in f[side] if p in has_bag] for side in f} for f in folds], found, 'patients with bags')
     run = RunFolder(out).start(_settings(found, bags, folds, model, model_options, protocol, recipe_named(recipe), n_bins, seed))
     write_json(run/'folds.json', folds); _write_table(run/'cohort.csv', cohort); _write_table(run/'missing.csv', missing)
     _train_folds(run, use, found, KeptBags(bags), n_workers, ray, gpu_share)
@@ -178,7 +186,7 @@ def _train_folds(run, folds, cohort, bags, n_workers, ray='', gpu_share=0.):
             for k,f in enumerate(folds): train_fold(run, k, f, cohort, bags, bar=bar)
         return
     threads = 1 if ray else max(1, os.cpu_count()//n_workers)
-    todo = [k for k in range(len(folds)) if not (run.fold(k)/'predictions.csv').exists()]
+    todo = [k for k in range(len(folds)) if not _is_done(run, k)]
     jobs = [(run, k, folds[k], cohort, bags, threads) for k in todo]
     with workers(n_workers, todo and ray, num_cpus=threads, num_gpus=gpu_share) as parallel, parallel(train_fold, jobs, ordered=False) as done:
         for _ in progress(done, desc, len(folds), 'fold', initial=len(folds)-len(todo)): pass
@@ -221,9 +229,14 @@ def twins(
 ) -> dict: # protocol -> run folder
     "This run and its neighbours that differ from it in nothing but the protocol, as far as they are done"
     run = _as_run(run)
-    same = lambda r: {k: v for k,v in r.config['settings'].items() if k != 'protocol'}
-    near = [RunFolder(p.parent) for p in sorted(run.path.resolve().parent.glob('*/metrics.json')) if (p.parent/'config.json').exists()]
-    return {r.config['settings']['protocol']: r for r in [*near, run] if 'protocol' in r.config['settings'] and same(r) == same(run)}
+    def settings(r): # None for a folder that is no run
+        try: return dict(r.config['settings'])
+        except (CrossFusionError, LookupError, TypeError, ValueError): return None
+    own,found = settings(run), {}
+    for r in [*(RunFolder(p.parent) for p in sorted(run.path.resolve().parent.glob('*/metrics.json'))), run]:
+        s = settings(r)
+        if s and own and s | dict(protocol=own.get('protocol')) == own: found[s['protocol']] = r
+    return found
 
 def optimism(
     run:str|Path|RunFolder, # a run folder, nested or published
