@@ -1,87 +1,38 @@
-"""CrossFusion, its ablations and AMIL against outputs and gradients of the published program, kept beside the repository"""
-import importlib.util, json
-from pathlib import Path
-
+"""CrossFusion and its ablations against outputs and gradients of the published program, kept beside the repository"""
 import pytest, torch
-from safetensors import safe_open
 
-from crossfusion.core import MAGS
-from crossfusion.models.crossfusion import CrossFusion, count_parameters, crossfusion_rules, load_published, load_renamed, rename
-from crossfusion.models.single_scale import AMIL
+from crossfusion.models.crossfusion import CrossFusion, count_parameters
+from crossfusion.models.weights import load_published, rename
 from crossfusion.survival.losses import nll_survival
-
-golden = Path(__file__).resolve().parent.parent.parent/'shared'/'data'/'golden'
-needs_data = pytest.mark.skipif(not (golden/'recipe.py').exists(), reason='no data in ../shared/data/golden')
+from golden import Case, close, needs_data, outputs_agree
 
 cases = ['crossfusion_a_proj', 'crossfusion_b_identity_2layers', 'crossfusion_c_square_n10', 'crossfusion_d_n10_is_1', 'crossfusion_e_fullsize',
          'crossfusion_f_batch2', 'crossfusionconcat_a_proj', 'crossfusionconcat_b_identity_2layers', 'crossfusionsingle_a_proj',
          'crossfusionsingle_b_identity_2layers']
 ablations = dict(crossfusionconcat=dict(fusion='concat'), crossfusionsingle=dict(mags=(20,), source=20))
-amil_names = [(r'^attention_net\.0', 'embed'), (r'^classifiers', 'head'), (r'^attention_net\.2\.attention_a\.0', 'scores.value'),
-              (r'^attention_net\.2\.attention_b\.0', 'scores.gate'), (r'^attention_net\.2\.attention_c', 'scores.score'),
-              (r'^attention_net\.2\.module\.0', 'scores.value'), (r'^attention_net\.2\.module\.2', 'scores.score')]
 dense_of = dict(cross_5x='coarse_cross_attn_w', cross_20x='fine_cross_attn_w', pad_5x='coarse_pt_attn_w/post', pad_10x='source_pt_attn_w/post',
                 pad_20x='fine_pt_attn_w/post', final='final_attn_w/post')
 
 
-def recipe(*args, **kwargs):
-    "Weights and inputs that are not stored are made by the rules that lie with the data"
-    spec = importlib.util.spec_from_file_location('recipe', golden/'recipe.py')
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return torch.from_numpy(module.recipe(*args, **kwargs))
-
-
-class Case:
-    "One golden file: settings, published weights, inputs, expected tensors"
-    def __init__(self, name):
-        self.options = ablations.get(name.split('_')[0], {})
-        with safe_open(golden/f'{name}.safetensors', 'pt') as f:
-            self.tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
-        c = self.config = json.loads(meta['config'])
-        seed = int(meta['seed'])
-        self.weights = self.group('weights') or {k: recipe(k, s, seed) for k,s in json.loads(meta['param_shapes']).items()}
-        shape = lambda m: (c.get('batch', 1), c[f'N{m}'], c['backbone_dim'])
-        self.features = {m: self.tensors[f'inputs/x{m}'] if f'inputs/x{m}' in self.tensors else recipe(f'x{m}', shape(m), seed, is_input=True)
-                         for m in MAGS if f'N{m}' in c}
-
-    def group(self, prefix): return {k[len(prefix)+1:]: v for k,v in self.tensors.items() if k.startswith(prefix + '/')}
-    def __getitem__(self, k): return self.tensors[k]
-
-    def crossfusion(self, **kwargs):
-        c = self.config
-        model = CrossFusion(c['backbone_dim'], c['embed_dim'], c['num_heads'], c['num_layers'], c['n_classes'], **self.options, **kwargs)
-        return load_published(model, self.weights).eval()
-
-    def amil(self):
-        c = self.config
-        return load_renamed(AMIL(c['backbone_dim'], c['hidden'], c['attn_hidden'], c['n_classes'], gated=c['gate']), self.weights, amil_names)
-
-
-def close(a, b, atol): torch.testing.assert_close(a, b, atol=atol, rtol=0)
-
-
-def outputs_agree(model, case):
-    "Logits, hazards and survival in float32 and float64"
-    for prefix,dtype,atol in (('outputs', torch.float32, 1e-5), ('outputs_f64', torch.float64, 1e-10)):
-        model.to(dtype)
-        with torch.no_grad(): logits = model({m: x.to(dtype) for m,x in case.features.items()})
-        close(logits, case[f'{prefix}/logits'], atol)
-        close(logits.sigmoid(), case[f'{prefix}/hazards'], atol)
-        close((1 - logits.sigmoid()).cumprod(1), case[f'{prefix}/survival'], atol)
+def crossfusion(case, **kwargs):
+    "The model of a case with its weights, an ablation where the case is one"
+    c = case.config
+    options = ablations.get(case.name.split('_')[0], {}) | kwargs
+    return load_published(CrossFusion(c['backbone_dim'], c['embed_dim'], c['num_heads'], c['num_layers'], c['n_classes'], **options), case.weights).eval()
 
 
 @needs_data
 @pytest.mark.parametrize('name', cases)
 def test_crossfusion_outputs(name):
     case = Case(name)
-    outputs_agree(case.crossfusion(), case)
+    outputs_agree(crossfusion(case), case)
 
 
 @needs_data
 def test_crossfusion_every_block():
     "Where a difference starts, if there is one: tokens after each block of case a"
     case, seen = Case('crossfusion_a_proj'), {}
-    model = case.crossfusion()
+    model = crossfusion(case)
     blocks = dict(c_lin_proj='project.5x', s_lin_proj='project.10x', f_lin_proj='project.20x', c_cross_attn='cross.5x.attn', f_cross_attn='cross.20x.attn',
                   c_cross_attn_ln='cross.5x.norm', f_cross_attn_ln='cross.20x.norm', c_cross_attn_ffn='cross.5x.ffn', f_cross_attn_ffn='cross.20x.ffn',
                   c_transformer_ln='pad.5x', s_transformer_ln='pad.10x', f_transformer_ln='pad.20x', conv_processor='fuse', final_ln='final', mlp_head='head')
@@ -96,7 +47,7 @@ def test_crossfusion_every_block():
 def test_crossfusion_attention(name):
     case = Case(f'crossfusion_{name}')
     n = case.config['N10']
-    looked = case.crossfusion().attention(case.features)
+    looked = crossfusion(case).attention(case.features)
     assert sorted(looked) == sorted(dense_of)
     for stage,by_mag in looked.items():
         w = case[f'outputs/attn/{dense_of[stage]}'].double().mean(1).sum(1)[0]              # mean over heads, sum over queries
@@ -114,7 +65,7 @@ def test_crossfusion_dense_attention(name):
     for scale,mag in (('coarse', 5), ('source', 10), ('fine', 20)):
         names |= {f'pad_{mag}x_before': f'{scale}_pt_attn_w/pre', f'pad_{mag}x_after': f'{scale}_pt_attn_w/post'}
     names |= dict(cross_5x='coarse_cross_attn_w', cross_20x='fine_cross_attn_w', final_before='final_attn_w/pre', final_after='final_attn_w/post')
-    maps = case.crossfusion().attention_maps(case.features)
+    maps = crossfusion(case).attention_maps(case.features)
     assert sorted(maps) == sorted(names) and len([k for k in case.tensors if k.startswith('outputs/attn/')]) == len(names)
     for stage,w in maps.items(): close(w, case[f'outputs/attn/{names[stage]}'], 1e-6)
 
@@ -125,24 +76,16 @@ def test_crossfusion_dense_attention(name):
 def test_crossfusion_gradients(name, dtype, atol):
     "Loss and gradient of every parameter in training mode, all dropout 0"
     case = Case(f'train_crossfusion_{name}')
-    model = case.crossfusion(dropout=0., attn_dropout=0.).to(dtype).train()
+    model = crossfusion(case, dropout=0., attn_dropout=0.).to(dtype).train()
     logits = model({m: x.to(dtype) for m,x in case.features.items()})
     close(logits.float(), case['outputs/logits'], 1e-5)
     loss = nll_survival(logits, case['inputs/label'], case['inputs/censorship'] == 0, alpha=case.config['alpha'])
     close(loss.float(), case['outputs/loss'], 1e-5)
     loss.backward()
-    grads, rules = case.group('grads'), crossfusion_rules(model)
+    grads, rules = case.group('grads'), model.published_rules()
     params = dict(model.named_parameters())
     assert sorted(rename(k, rules) for k in grads) == sorted(params)
     for k,g in grads.items(): close(params[rename(k, rules)].grad.float(), g, atol)
-
-
-@needs_data
-@pytest.mark.parametrize('name', ['gated', 'plain', 'gated_fullsize'])
-def test_amil(name):
-    case = Case(f'amil_{name}')
-    outputs_agree(model := case.amil(), case)
-    close(model.float().attention(case.features)['pool'][20], case['outputs/attention'][0], 1e-6)
 
 
 @needs_data
@@ -170,7 +113,3 @@ def test_ablation_weights_are_refused():
 @pytest.mark.parametrize('n_features,count', [(2048, 24_536_584), (512, 21_386_248)])
 def test_crossfusion_parameters(n_features, count):
     assert sum(count_parameters(CrossFusion(n_features)).values()) == count
-
-
-def test_amil_parameters():
-    assert sum(count_parameters(AMIL(2048)).values()) == 1_314_053

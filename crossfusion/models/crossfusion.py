@@ -4,20 +4,18 @@
 
 # %% ../../nbs/43_models.crossfusion.ipynb #89f2c38f
 from __future__ import annotations
-import pickle, re
 from copy import deepcopy
-from pathlib import Path
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from ..core import MAGS, CrossFusionError, expect
+from ..core import MAGS, expect
+from .weights import load_published
 from .attention import CrossAttentionBlock, FusedAttention, MultiHeadAttention, check_bags, check_logits, evaluating, watch
 from .grid import MergedConv, PadTransformer, SumConv, fold_back, raster_order, take_rows, true_places
 from .fusion import ConcatFusion, ConvProcessor
 
 # %% auto #0
-__all__ = ['published_names', 'projection', 'init_published', 'CrossFusion', 'count_parameters', 'has_bfloat16', 'rename',
-           'crossfusion_rules', 'read_weights', 'load_renamed', 'load_published']
+__all__ = ['published_names', 'projection', 'init_published', 'CrossFusion', 'count_parameters', 'has_bfloat16']
 
 # %% ../../nbs/43_models.crossfusion.ipynb #82ef598f
 def projection(
@@ -162,7 +160,6 @@ def attention_maps(self:CrossFusion,
 
 # %% ../../nbs/43_models.crossfusion.ipynb #8c4bbbae
 published_names = [
-    (r'^(module\.)+',                                ''),
     (r'^([csf])(oarse|ource|ine)_',                  r'\1_'),
     (r'^([csf])_(lin_proj|pre_cross_attn)',          r'project.\1'),
     (r'^([csf])_cross_attn\.scale_embeddings',       r'cross.\1.scale'),
@@ -193,62 +190,10 @@ published_names = [
 ]
 
 # %% ../../nbs/43_models.crossfusion.ipynb #663207db
-def rename(
-    name:str,   # published name
-    rules:list, # of (pattern, replacement), applied in order
-) -> str: # our name
-    "What a published weight is called here"
-    for pattern,to in rules: name = re.sub(pattern, to, name)
-    return name
-
-def crossfusion_rules(
-    model:CrossFusion, # with three magnifications, the source in the middle, or with one
-) -> list: # for `rename`
+@patch
+def published_rules(self:CrossFusion) -> list: # of (pattern, replacement), for `rename`
     "`published_names`, ending with this model's magnifications"
-    expect(len(model.mags) == 1 or len(model.mags) == 3 and model.source == model.mags[1], 'load_published',
-           'a model of three magnifications with the source in the middle, or of one', f'mags={model.mags}, source={model.source}')
-    letters = zip('csf' if len(model.mags) == 3 else 's', model.mags)
+    expect(len(self.mags) == 1 or len(self.mags) == 3 and self.source == self.mags[1], 'load_published',
+           'a model of three magnifications with the source in the middle, or of one', f'mags={self.mags}, source={self.source}')
+    letters = zip('csf' if len(self.mags) == 3 else 's', self.mags)
     return published_names + [(rf'^(project|cross|pad)\.{letter}\.', rf'\1.{mag}x.') for letter,mag in letters]
-
-# %% ../../nbs/43_models.crossfusion.ipynb #9caa12cb
-def read_weights(
-    path:str|Path, # .safetensors, or a .pt that torch saved
-) -> dict: # name -> tensor
-    "Read a state dict without running anything that the file contains"
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    path,why = Path(path),''
-    expect(path.is_file(), str(path), 'a file of weights', 'none', 'Check the path.')
-    try: state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as e:
-        state,why = None,f' ({type(e).__name__})'
-    expect(isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values()), str(path),
-           'a state dict (names and tensors)', f'something else{why}', 'Save model.state_dict().')
-    return state
-
-# %% ../../nbs/43_models.crossfusion.ipynb #f8ad4163
-def load_renamed(
-    model:nn.Module, # takes the weights
-    state:dict,      # published name -> tensor
-    rules:list,      # for `rename`
-    where:str='the state dict', # what an error calls it
-) -> nn.Module: # the model
-    "Load a state dict under other names, completely or not at all"
-    own,theirs = model.state_dict(), {rename(k, rules): (k,v) for k,v in state.items()}
-    some = lambda names: ', '.join(names[:3]) + (f' and {len(names)-3} more' if len(names) > 3 else '') or 'none'
-    missing,extra = [k for k in own if k not in theirs], [k for ours,(k,_) in theirs.items() if ours not in own]
-    expect(not missing and not extra, where, f'the {len(own)} weights of this {type(model).__name__}',
-           f'others (missing: {some(missing)}; unknown: {some(extra)})', 'Check n_layers, and n_features against embed_dim.')
-    for ours,(k,v) in theirs.items():
-        expect(v.shape == own[ours].shape, f'{where}: {k}', f'shape {tuple(own[ours].shape)}', tuple(v.shape),
-               'Build the model with the sizes of the weights.')
-    model.load_state_dict({ours: v for ours,(_,v) in theirs.items()})
-    return model
-
-def load_published(
-    model:CrossFusion,          # of the sizes that the weights have
-    weights:str|Path|dict,      # .pt or .safetensors file, or a state dict
-) -> CrossFusion: # the model
-    "Give a `CrossFusion` the weights that the published program saved"
-    state,where = (weights, 'the state dict') if isinstance(weights, dict) else (read_weights(weights), str(weights))
-    return load_renamed(model, state, crossfusion_rules(model), where)
