@@ -19,17 +19,19 @@ __all__ = ['FORMAT', 'VERSION', 'Bag', 'parents_of', 'concat_bags', 'write_bag',
 class Bag:
     "The patches of one slide, by magnification"
     slide:str       # the slide's name
-    features:dict   # mag -> (n, d) float16
-    coords:dict     # mag -> (n, 2) int32, x then y, top-left, level-0 px
+    features:dict   # mag -> (n, d) float16 or float32
+    coords:dict     # mag -> (n, 2) int32, x then y, top-left, level-0 px; all -1: not known
     encoder:str     # name of the encoder that made the features
     width:int       # of the slide, level-0 px
     height:int      # of the slide, level-0 px
     mpp:float       # um per level-0 px
     patch_px:int=256 # side of a patch as the encoder saw it
+    sizes:dict=None # mag -> side of a patch, level-0 px; None: what `patch_px` and `mpp` make it
 
     def __post_init__(self):
         expect(set(self.features) == set(self.coords), self.slide, f'coordinates for {sorted(self.features)}', sorted(self.coords))
         for m in self.features: self._set_scale(m)
+        self.sizes = {m: self.patch_px*mag_to_mpp(m)/self.mpp for m in self.features} if self.sizes is None else dict(self.sizes)
 
     def _set_scale(self, m):
         "Check one scale and bring its rows into raster order"
@@ -37,13 +39,16 @@ class Bag:
         expect(f.ndim == 2 and c.shape == (len(f), 2), f'{self.slide} {m}x', f'features (n, d) and coordinates (n, 2)', f'{f.shape} and {c.shape}')
         order = np.lexsort((c[:,0], c[:,1]))
         if (order != np.arange(len(order))).any(): f,c = f[order],c[order]
-        self.features[m],self.coords[m] = f.astype(np.float16, copy=False), c.astype(np.int32, copy=False)
+        if f.dtype not in (np.float16, np.float32): f = f.astype(np.float16)
+        self.features[m],self.coords[m] = f, c.astype(np.int32, copy=False)
 
     @property
     def mags(self): return tuple(sorted(self.features))
     @property
     def n_features(self): return next(iter(self.features.values())).shape[1]
-    def patch_px_level0(self, mag): return self.patch_px*mag_to_mpp(mag)/self.mpp
+    @property
+    def placed(self): return all((c >= 0).all() for c in self.coords.values())
+    def patch_px_level0(self, mag): return self.sizes[mag]
     def __repr__(self):
         n = ', '.join(f'{m}x {len(self.features[m])}' for m in self.mags)
         return f'Bag({self.slide}: {n} patches of {self.patch_px} px, {self.n_features} features by {self.encoder})'
@@ -66,6 +71,7 @@ def parents(self:Bag,
     mag:int, # the finer scale
 ) -> np.ndarray: # (n,) rows at the next coarser scale, -1 where there is none
     "Parent of each patch of `mag`"
+    if not self.placed: return np.full(len(self.features[mag]), -1)
     coarser = self.mags[self.mags.index(mag)-1]
     expect(mag != self.mags[0], f'{self.slide} {mag}x', f'a scale with a coarser one', f'the coarsest of {self.mags}')
     return parents_of(self.coords[mag], self.patch_px_level0(mag), self.coords[coarser], self.patch_px_level0(coarser))
@@ -83,12 +89,22 @@ def concat_bags(
     scale = [b.mpp/first.mpp for b in bags]   # slides of other scanners are measured in the first one's pixels
     cell = first.patch_px_level0(first.mags[0])
     left = np.round(cell*np.cumsum([0] + [np.ceil(b.width*s/cell) + 2 for b,s in zip(bags, scale)]))   # whole cells: all lie on one grid
-    coords = {m: np.concatenate([np.round(b.coords[m]*s) + (x,0) for b,s,x in zip(bags, scale, left)]) for m in first.mags}
+    placed = all(b.placed for b in bags)
+    coords = {m: np.concatenate([np.round(b.coords[m]*s) + (x,0) if placed else np.full_like(b.coords[m], -1) for b,s,x in zip(bags, scale, left)])
+              for m in first.mags}
     return Bag('+'.join(b.slide for b in bags), {m: np.concatenate([b.features[m] for b in bags]) for m in first.mags}, coords,
-               first.encoder, int(left[-1] - 2*cell), int(max(b.height*s for b,s in zip(bags, scale))), first.mpp, first.patch_px)
+               first.encoder, int(left[-1] - 2*cell), int(max(b.height*s for b,s in zip(bags, scale))), first.mpp, first.patch_px, first.sizes)
 
-# %% ../nbs/01_bag.ipynb #20d6fb80
+# %% ../nbs/01_bag.ipynb #d3483a87
 FORMAT, VERSION = 'crossfusion-bag', 1
+
+def _as_float16(bag, m):
+    "Features for the file; numbers over 65,504 do not fit"
+    f = bag.features[m]
+    if f.dtype == np.float16: return f
+    largest = np.abs(f[np.isfinite(f)]).max(initial=0)
+    expect(largest <= np.finfo(np.float16).max, f'{bag.slide} {m}x', 'features that fit into float16 (up to 65,504)', f'{largest:.3g}', 'Scale them down.')
+    return f.astype(np.float16)
 
 def write_bag(
     path:str|Path, # <folder>/<slide>.h5
@@ -101,13 +117,20 @@ def write_bag(
         for m in bag.mags:
             g = h.create_group(f'x{m}')
             g.attrs.update(mag=m, mpp=mag_to_mpp(m), patch_px=bag.patch_px, patch_px_level0=bag.patch_px_level0(m))
-            g.create_dataset('features', data=bag.features[m], track_times=False)
+            g.create_dataset('features', data=_as_float16(bag, m), track_times=False)
             g.create_dataset('coords', data=bag.coords[m], track_times=False)
 
-# %% ../nbs/01_bag.ipynb #d3483a87
+# %% ../nbs/01_bag.ipynb #a5e727f5
+def _array(dataset, mapped):
+    "A dataset's numbers, read, or mapped where the file has them in one piece; a mapped array is private, the file stays as it is"
+    place = dataset.id.get_offset() if mapped else None
+    if place is None: return dataset[:]
+    return np.memmap(dataset.file.filename, dataset.dtype, 'c', place, dataset.shape)
+
 def read_bag(
-    path:str|Path,   # a bag file
-    mags:tuple=None, # magnifications to read; None for all
+    path:str|Path,     # a bag file
+    mags:tuple=None,   # magnifications to read; None for all
+    mapped:bool=False, # True: features are read from disk when they are touched
 ) -> Bag:
     "Read a bag file; anything else is refused by name"
     path = Path(path)
@@ -116,12 +139,12 @@ def read_bag(
         with h5py.File(path, 'r') as h:
             a = dict(h.attrs)
             expect(a.get('format') == FORMAT, str(path), f'a {FORMAT} file', f'an HDF5 file with {", ".join(sorted(h)) or "nothing in it"}')
-            mags = mags or tuple(int(k[1:]) for k in h)
+            mags = mags or tuple(sorted(int(k[1:]) for k in h))
             for m in mags: expect(f'x{m}' in h, str(path), f'magnification {m}', ', '.join(h))
-            get = lambda k: {m: h[f'x{m}'][k][:] for m in mags}
-            return Bag(a['slide'], get('features'), get('coords'), a['encoder'], int(a['width']), int(a['height']),
-                       float(a['mpp_level0']), int(a['patch_px']))
-    except (OSError, KeyError) as e:
+            scales = {m: h[f'x{m}'] for m in mags}
+            return Bag(a['slide'], {m: _array(g['features'], mapped) for m,g in scales.items()}, {m: g['coords'][:] for m,g in scales.items()}, a['encoder'],
+                       int(a['width']), int(a['height']), float(a['mpp_level0']), int(a['patch_px']), {m: float(g.attrs['patch_px_level0']) for m,g in scales.items()})
+    except (OSError, KeyError, ValueError) as e:
         raise CrossFusionError(f'{path}: expected a whole bag file, found one that cannot be read ({str(e).strip(chr(39))}). Remove it and extract the slide again.') from None
 
 # %% ../nbs/01_bag.ipynb #461df04d

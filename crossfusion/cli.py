@@ -6,10 +6,13 @@
 from __future__ import annotations
 from functools import wraps
 from .core import CrossFusionError, shell_errors
-with shell_errors(): from fastcore.script import call_parse
+with shell_errors():
+    from fastcore.meta import delegates
+    from fastcore.script import call_parse
 
 # %% auto #0
-__all__ = ['command', 'demo', 'simulate', 'run_lines', 'extract', 'train', 'evaluate', 'predict', 'heatmap', 'report']
+__all__ = ['command', 'demo', 'simulate', 'run_lines', 'extract', 'bags', 'folds', 'train', 'evaluate', 'predict', 'heatmap',
+           'report']
 
 # %% ../nbs/70_cli.ipynb #b3c5ebc2
 def command(f):
@@ -48,6 +51,35 @@ def simulate(
     write_cohort(out, table, bags)
     print(f'{table.patient.nunique()} patients, {len(table)} slides: {out}')
 
+# %% ../nbs/70_cli.ipynb #efb2c1e1
+def _of_table(
+    slides:str=None,     # a second table of patient and slide, where the first has one row per patient
+    patient:str=None,    # name of the table's column, where it is none of patient, case_id
+    slide:str=None,      # of slide, slide_id
+    duration:str=None,   # of duration, survival_months
+    event:str=None,      # of event: 1, True, Dead
+    censorship:str=None, # of censorship: 1 = alive
+    unit:str=None,       # of the durations: months or days
+): pass
+
+def _of_bags(
+    layout:str=None,  # whose files: ours, clam, trident, stamp, slideflow; default: looked up
+    mag:float=None,   # magnification, where the files do not tell
+    encoder:str=None, # which, where the folder has features of several
+    mpp:float=None,   # um per level-0 px, where the files do not tell
+): pass
+
+def _table_and_bags(cohort, bags, kwargs):
+    "What both sets of options describe; what was noticed goes to stderr"
+    import sys
+    from inspect import signature
+    from crossfusion.data.bags import open_bags
+    from crossfusion.data.cohort import cohort_notes, read_cohort
+    given = lambda of: {k: v for k,v in kwargs.items() if k in signature(of).parameters}
+    table = read_cohort(cohort, **given(_of_table)) if cohort else None
+    for n in cohort_notes(table) if cohort else (): print(f'{cohort}: {n}', file=sys.stderr)
+    return table, open_bags(bags, **given(_of_bags)) if bags else None
+
 # %% ../nbs/70_cli.ipynb #9b7c0275
 def run_lines(run, against=''):
     "What a run found, in a few lines"
@@ -65,52 +97,107 @@ def run_lines(run, against=''):
 @command
 def extract(
     slides:str,        # folder of slides, or one slide
-    out:str,           # folder for the bag files
-    encoder:str='efficientnet_lite0', # name of an encoder
-    mpp:float=None,    # um per level-0 px, where the files do not say
+    out:str,           # folder for the bag files, pictures and the log
+    encoder:str='efficientnet_lite0', # a name as in `encoder_named`, a TorchScript file, or module:function
+    weights:str='',    # file of the encoder's weights, or the folder it lies in; default asks the hub
+    mpp:str='',        # um per level-0 px, where the files do not say or are wrong: a number, or a CSV table of slide,mpp
     patch_px:int=256,  # side of a patch
-    input_px:int=224,  # side of a patch as the encoder sees it
+    input_px:int=0,    # side of a patch as the encoder sees it; 0 for the encoder's own
     min_tissue:float=.25, # share of tissue that a 5x patch needs
+    masks:str='',      # folder of masks named after the slides, pictures or GeoJSON; default finds the tissue by its colour
+    keep_ink:bool=False, # take pen marks for tissue: for stains that look like ink
+    shard:str='',      # i/n, from 1/n to n/n: only every n-th slide, for the jobs of a cluster
+    batch_size:int=0,  # patches at once; 0 for 16, or 112 on a GPU
     n_workers:int=0,   # processes; 0 for one per core
     ray:str='',        # address of a Ray cluster that does the work: host:port, auto, or local to start one here
 ):
-    "Turn slides into bag files: tissue, one grid for 5x, 10x and 20x, features; finished slides are skipped"
+    "Turn slides into bag files: tissue, one grid for 5x, 10x and 20x, features. Finished slides are skipped; several processes or machines may share a folder"
     from pathlib import Path
-    from crossfusion.wsi.extract import extract
-    log = extract([slides] if Path(slides).is_file() else slides, out, encoder, mpp, patch_px=patch_px, min_tissue=min_tissue,
-                  n_workers=n_workers or None, ray=ray, input_px=input_px)
-    print(log.to_string(index=False))
+    from crossfusion.wsi.extract import as_mpp, extract, log_text
+    options = {k: v for k,v in dict(weights=weights, input_px=input_px).items() if v}
+    log = extract([slides] if Path(slides).is_file() else slides, out, encoder, as_mpp(mpp), patch_px=patch_px, min_tissue=min_tissue, n_workers=n_workers or None,
+                  batch_size=batch_size or None, ray=ray, shard=shard, masks=masks or None, ink=not keep_ink, **options)
+    print(log_text(log))
     bad = log[log.status == 'failed']
     if len(bad): raise CrossFusionError(f'{len(bad)} of {len(log)} slides failed: {bad.slide.iloc[0]}: {bad.reason.iloc[0]}')
 
+# %% ../nbs/70_cli.ipynb #cc7e1b2d
+@command
+@delegates(_of_bags)
+def bags(
+    folder:str,      # bag files, or features of CLAM, TRIDENT, STAMP, slideflow or the published program
+    read:bool=False, # read every feature, too: finds NaN, and scales of different slides
+    **kwargs,
+):
+    "Say what a folder of features holds, and what is wrong with it; status 2 if something is"
+    from crossfusion.data.bags import check_bags
+    found = _table_and_bags(None, folder, kwargs)[1]
+    summary,problems = check_bags(found, read)
+    print(f'layout {found.layout}\n{summary.to_string()}')
+    for slide,problem in problems.items(): print(f'{slide}: {problem}')
+    if len(problems): raise CrossFusionError(f'{folder}: {len(problems)} of {len(found)} slides cannot be used')
+
+@command
+@delegates(_of_table)
+def folds(
+    cohort:str,          # clinical table
+    out:str,             # folder for splits_0.csv, ...
+    n_folds:int=5,       # folds
+    by_site:bool=False,  # keep each hospital's patients in one fold: TCGA's from the barcode, others from a column site
+    repeats:int=1,       # so many times, with other seeds
+    seed:int=0,          # another seed, other folds
+    **kwargs,
+):
+    "Split patients into folds, stratified by time and outcome; say how many hospitals are on both sides"
+    from pathlib import Path
+    from crossfusion.data.cohort import make_folds, shared_sites, write_splits
+    table = _table_and_bags(cohort, None, kwargs)[0]
+    made = make_folds(table, n_folds, seed, by_site, repeats)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_splits(out, made)
+    try: print(shared_sites(made, table).to_string())
+    except CrossFusionError: print('\n'.join(f"fold {k}: {len(f['train'])} train, {len(f['test'])} test" for k,f in enumerate(made)))
+
 # %% ../nbs/70_cli.ipynb #8db3b4c2
 @command
+@delegates(_of_table)
 def train(
     cohort:str,          # clinical table: patient, slide, duration (months), event; or a TCGA table
-    bags:str,            # folder of bag files
+    bags:str,            # folder of bag files, or another tool's features
     out:str,             # the run folder
     model:str='crossfusion', # crossfusion, amil, or another of `model_names()`
     protocol:str='nested', # who chooses the epoch: nested (a part of the training patients), fixed (nobody), published (the reported ones: optimistic)
     recipe:str='default', # how to train: default or published
     splits:str='',       # folder with splits_0.csv ...; default folds of our own
     n_folds:int=5,       # folds, without --splits
+    by_site:bool=False,  # folds keep each hospital's patients together, without --splits
+    cuts:str='training', # edges of the time bins: from training patients, or published (from all slides, as the published program)
     repeats:int=1,       # times all folds are trained, each time with other weights and, without --splits, other folds
     embed_dim:int=512,   # width of the model
     n_epoch:int=0,       # passes over the training patients; 0 for as many as the recipe says
+    bs:int=1,            # bags in a batch; above 1 with --n_patches
+    n_patches:int=0,     # 5x patches (coarsest scale) that training samples from each bag, with all in them; 0: all
     seed:int=0,          # another seed, other weights and folds
     n_workers:int=1,     # folds trained side by side
+    cache:float=1.,      # GiB of bags that each process keeps in memory
     ray:str='',          # address of a Ray cluster that trains the folds: host:port, auto, or local to start one here
     gpu_share:float=0.,  # GPUs for a fold, with --ray
+    layout:str=None,     # whose features: ours, clam, trident, stamp, slideflow; default: looked up
+    mag:float=None,      # their magnification, where they do not tell
+    encoder:str=None,    # which of several
+    **kwargs,
 ):
     "Train and score every fold; run again to go on after a stop. `accelerate launch $(which crossfusion_train) ...` trains on all GPUs of a machine"
-    from crossfusion.data.bags import open_bags
-    from crossfusion.data.cohort import make_folds, read_cohort, read_splits
+    import sys
+    from crossfusion.data.cohort import make_folds, read_splits
     from crossfusion.training.crossval import cross_validate
     from crossfusion.training.learner import recipe_named
-    table = read_cohort(cohort)
-    folds = [f for r in range(repeats) for f in (read_splits(splits, table) if splits else make_folds(table, n_folds, seed + r))]
-    done = cross_validate(table, open_bags(bags), out, model, folds, protocol, recipe_named(recipe, **({'n_epoch': n_epoch} if n_epoch else {})), seed=seed,
-                          n_workers=n_workers, ray=ray, gpu_share=gpu_share, embed_dim=embed_dim)
+    table,opened = _table_and_bags(cohort, bags, kwargs | dict(layout=layout, mag=mag, encoder=encoder))
+    given = read_splits(splits, table) if splits else None
+    for n in given.notes if splits else (): print(f'{splits}: {n}', file=sys.stderr)
+    changes = dict(bs=bs, n_patches=n_patches) | ({'n_epoch': n_epoch} if n_epoch else {})
+    done = cross_validate(table, opened, out, model, given*repeats if splits else make_folds(table, n_folds, seed, by_site, repeats), protocol,
+                          recipe_named(recipe, **changes), seed=seed, n_workers=n_workers, ray=ray, gpu_share=gpu_share, cuts=cuts, cache=cache, embed_dim=embed_dim)
     if done: print(run_lines(out))
 
 # %% ../nbs/70_cli.ipynb #be2a74f9
@@ -133,17 +220,18 @@ def evaluate(
         for f in c_index_folds(table): print(f"  fold {f['fold']}: C-index {f['c_index']!r}, {f['n']} patients, {f['events']} deaths")
 
 @command
+@delegates(_of_bags)
 def predict(
     run:str,    # a run folder
-    bags:str,   # folder of bag files
+    bags:str,   # folder of bag files, or another tool's features
     out:str='', # CSV file to write; default prints the table
     fast:bool=False, # as fast as this machine can; hazards may move by some thousandths
+    **kwargs,
 ):
     "Predict slides with all folds of a run together"
     from crossfusion.core import write_text
-    from crossfusion.data.bags import open_bags
     from crossfusion.training.crossval import predict
-    table = predict(run, open_bags(bags), fast=fast)
+    table = predict(run, _table_and_bags(None, bags, kwargs)[1], fast=fast)
     write_text(out, table.to_csv(index=False, float_format='%.6g')) if out else print(table.to_string(index=False))
 
 @command

@@ -6,68 +6,129 @@
 from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
-import h5py, pandas as pd
+import h5py, numpy as np, pandas as pd
+from fastcore.meta import delegates
 from ..bag import FORMAT, Bag, read_bag
-from ..core import CrossFusionError, expect, fingerprint
+from ..core import CrossFusionError, expect, fingerprint, progress
+from .layouts import layout_of, look, read_scales, scale_files
 
 # %% auto #0
-__all__ = ['bag_index', 'BagFolder', 'open_bags', 'KeptBags', 'bags_fingerprint']
+__all__ = ['bag_index', 'BagFolder', 'open_bags', 'finite', 'check_bags', 'KeptBags', 'bags_fingerprint']
 
 # %% ../../nbs/30_data.bags.ipynb #366e7d8b
-def _index_row(path):
-    "What one bag file says of itself; `problem` is empty if it is whole"
+def _own_row(path):
+    "What one of our bag files says of itself; `problem` is empty if it is whole"
     row = dict(slide=path.stem, path=path, problem='')
     try:
         with h5py.File(path, 'r') as h:
-            if h.attrs.get('format') != FORMAT: return row | dict(problem=f'not a {FORMAT} file')
+            a = dict(h.attrs)
+            if a.get('format') != FORMAT: return row | dict(problem=f'not a {FORMAT} file')
+            if a['slide'] != path.stem: return row | dict(problem=f'holding the slide {a["slide"]}')
             scales = {int(k[1:]): h[k]['features'].shape for k in h}
-            return row | dict(encoder=h.attrs['encoder'], patch_px=int(h.attrs['patch_px']), mags=tuple(sorted(scales)),
+            return row | dict(encoder=a['encoder'], patch_px=int(a['patch_px']), mags=tuple(sorted(scales)), dtype='float16',
                               n_features=next(iter(scales.values()))[1], **{f'n{m}': n for m,(n,_) in sorted(scales.items())})
     except (OSError, KeyError, StopIteration) as e: return row | dict(problem=f'not whole ({type(e).__name__})')
 
+# %% ../../nbs/30_data.bags.ipynb #077565a9
+def _foreign_row(slide, files):
+    "What the feature files of one slide say of themselves"
+    said = {f.mag: look(f) for f in sorted(files, key=lambda f: f.mag)}
+    twice = [f.mag for i,f in enumerate(files) if f.mag in {g.mag for g in files[:i]}]
+    problem = '; '.join([f'{m:g}x {o["problem"]}' for m,o in said.items() if o['problem']] + [f'{m:g}x in two files' for m in twice])
+    whole = {m: o for m,o in said.items() if 'd' in o}
+    if not problem and len({o['d'] for o in whole.values()}) > 1: problem = 'widths of ' + ', '.join(f'{o["d"]} at {m:g}x' for m,o in whole.items())
+    first = next(iter(whole.values()), {})
+    return dict(slide=slide, path=files[0].path, problem=problem, encoder=first.get('encoder', ''), patch_px=0, mags=tuple(said), dtype=first.get('dtype'),
+                n_features=first.get('d'), **{f'n{m:g}': o['n'] for m,o in whole.items()})
+
 def bag_index(
-    folder:str|Path, # folder of bag files
-) -> pd.DataFrame: # slide, path, problem, encoder, patch_px, mags, n_features, n5, n10, n20
-    "What the bag files of a folder say of themselves"
-    folder = Path(folder)
-    expect(folder.is_dir(), str(folder), 'a folder of bag files', 'no such folder', 'Check the path, or run crossfusion_extract.')
-    paths = sorted(p for p in folder.glob('*.h5') if not p.name.startswith('.'))
-    expect(paths, str(folder), 'bag files <slide>.h5', 'none', 'Run crossfusion_extract, or give another folder.')
-    return pd.DataFrame([_index_row(p) for p in paths])
+    folder:str|Path,   # folder of bag or feature files
+    layout:str=None,   # whose files; None: looked up
+    mag:float=None,    # magnification, where the files do not tell
+    encoder:str=None,  # which, where the folder has several
+) -> pd.DataFrame: # slide, path, problem, encoder, patch_px, mags, dtype, n_features, n5, n10, n20
+    "What the files of a folder say of themselves, one row a slide"
+    return _index(scale_files(folder, layout, mag, encoder))
+
+def _index(files):
+    "`bag_index` of the files that were found"
+    slides = {}
+    for f in files: slides.setdefault(f.slide, []).append(f)
+    return pd.DataFrame([_own_row(fs[0].path) if fs[0].layout == 'ours' else _foreign_row(s, fs) for s,fs in slides.items()])
 
 # %% ../../nbs/30_data.bags.ipynb #e850f9bb
 class BagFolder(Mapping):
-    "A folder of bag files as a read-only dictionary from slide to `Bag`"
+    "A folder of bag or feature files as a read-only dictionary from slide to `Bag`"
     def __init__(self,
-        folder:str|Path, # folder of bag files
-        mags:tuple=None, # magnifications to read; None for all
+        folder:str|Path,   # folder of bag or feature files
+        mags:tuple=None,   # magnifications to read; None for all
+        layout:str=None,   # whose files, one of `LAYOUTS`; None: looked up
+        mag:float=None,    # magnification, where the files do not tell
+        encoder:str=None,  # which, where the folder has several
+        mpp:float|dict=None, # um per level-0 px, or slide -> that, where the files do not tell
     ):
-        self.folder,self.index,self._mags = Path(folder), bag_index(folder).set_index('slide'), mags
+        self.folder,self.layout,self.mpp = Path(folder), layout or layout_of(folder), mpp
+        self.files = {}
+        for f in scale_files(folder, self.layout, mag, encoder): self.files.setdefault(f.slide, []).append(f)
+        self.index = _index([f for fs in self.files.values() for f in fs]).set_index('slide')
         whole = self.index[self.index.problem == '']
-        expect(len(whole), str(folder), 'at least one whole bag file', f'{len(self.index)} that cannot be read', 'Remove them and extract again.')
-        for what in ('encoder','patch_px','n_features','mags'):
-            first = whole[what].iloc[0]
-            other = whole[whole[what] != first]
-            if len(other): raise CrossFusionError(f'{folder}: expected bags of one kind, found {what} {first} in {whole.index[0]} and '
+        expect(len(whole), str(folder), 'at least one whole bag', f'{len(self.index)} that cannot be read (first: {self.index.index[0]}, {self.index.problem.iloc[0]})',
+               'Make them again.')
+        self.mags = tuple(mags or sorted({m for ms in whole.mags for m in ms}))
+        lacking = whole.mags.map(lambda ms: ', '.join(f'{m:g}x' for m in self.mags if m not in ms))
+        self.index.loc[whole.index, 'problem'] = lacking.map(lambda m: m and f'without {m}')
+        for what in ('encoder','patch_px','n_features'):
+            other = whole[whole[what] != whole[what].iloc[0]]
+            if len(other): raise CrossFusionError(f'{folder}: expected bags of one kind, found {what} {whole[what].iloc[0]} in {whole.index[0]} and '
                                                   f'{other[what].iloc[0]} in {other.index[0]}. Keep one folder per kind.')
         self.n_features,self.encoder = int(whole.n_features.iloc[0]), whole.encoder.iloc[0]
 
     def __len__(self): return len(self.index)
     def __iter__(self): return iter(self.index.index)
+    def __contains__(self, slide): return slide in self.files    # a Mapping would read the bag to tell
     def __getitem__(self, slide) -> Bag:
-        if slide not in self.index.index: raise KeyError(slide)
-        return read_bag(self.index.path[slide], self._mags)
+        if slide not in self.files: raise KeyError(slide)
+        if self.layout == 'ours': return read_bag(self.index.path[slide], self.mags, mapped=True)
+        return read_scales([f for f in self.files[slide] if f.mag in self.mags], self.mpp.get(slide) if isinstance(self.mpp, dict) else self.mpp)
     @property
-    def problems(self) -> dict: # slide -> what is wrong with its file
+    def problems(self) -> dict: # slide -> what is wrong with its files
         return self.index.problem[self.index.problem != ''].to_dict()
     def __repr__(self): return f'BagFolder({len(self)} bags, {self.n_features} features by {self.encoder})'
 
+@delegates(BagFolder)
 def open_bags(
-    folder:str|Path, # folder of bag files
-    mags:tuple=None, # magnifications to read; None for all
+    folder:str|Path, # folder of bag or feature files
+    **kwargs,        # of `BagFolder`
 ) -> BagFolder: # dictionary slide -> `Bag`
-    "A folder of bag files as a read-only dictionary from slide to `Bag`"
-    return BagFolder(folder, mags)
+    "A folder of bag or feature files as a read-only dictionary from slide to `Bag`"
+    return BagFolder(folder, **kwargs)
+
+# %% ../../nbs/30_data.bags.ipynb #ab507d8e
+def finite(
+    f:np.ndarray, # features, float16 or float32
+) -> bool: # no NaN, no infinity
+    "Whether all numbers are finite: by the largest bit pattern of each sign, ten times as fast as asking one by one"
+    signed,unsigned,inf,negative = (np.int16, np.uint16, 0x7c00, 0xfc00) if f.dtype == np.float16 else (np.int32, np.uint32, 0x7f800000, 0xff800000)
+    f = np.ascontiguousarray(f)
+    return not f.size or bool(f.view(signed).max() < inf and f.view(unsigned).max() < negative)
+
+def check_bags(
+    bags:BagFolder,  # as from `open_bags`
+    read:bool=False, # True: read every feature; takes as long as that takes
+) -> tuple: # a row for each magnification (slides, patches, ...); a Series slide -> problem
+    "What a folder of bags holds, and what is wrong with it"
+    problems,i = bags.problems, bags.index
+    for s in progress([s for s in bags if s not in problems] if read else [], 'reading bags'):
+        try: bag = bags[s]
+        except CrossFusionError as e: problems[s] = str(e)
+        else:
+            bad = [f'{m:g}x' for m in bag.mags if not finite(bag.features[m])]
+            if bad: problems[s] = f'with NaN or infinity at {", ".join(bad)}'
+            elif not bag.placed: problems[s] = 'without places (coordinates)'
+    n = {m: i.loc[[s for s in i.index if s not in problems], f'n{m:g}'].dropna() for m in bags.mags}
+    rows = [{'scale': f'{m:g}x', 'slides': len(c), 'patches': int(c.sum()), 'a slide (median)': c.median(), 'least': c.min(), 'most': c.max(),
+             'features': bags.n_features, 'stored as': ', '.join(sorted(i.dtype.dropna().unique())), 'encoder': bags.encoder} for m,c in n.items()]
+    return pd.DataFrame(rows).set_index('scale'), pd.Series(problems, dtype=object, name='problem').sort_index()
 
 # %% ../../nbs/30_data.bags.ipynb #0dfe3e2e
 class KeptBags(Mapping):
@@ -78,6 +139,7 @@ class KeptBags(Mapping):
     ): self.bags,self.room,self.kept,self.used = bags, room, {}, 0
     def __len__(self): return len(self.bags)
     def __iter__(self): return iter(self.bags)
+    def __contains__(self, slide): return slide in self.bags
     def __getstate__(self): return self.__dict__ | dict(kept={}, used=0)
     def __getitem__(self, slide) -> Bag:
         if slide in self.kept: return self.kept[slide]

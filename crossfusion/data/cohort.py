@@ -4,43 +4,48 @@
 
 # %% ../../nbs/31_data.cohort.ipynb #d3c8061a
 from __future__ import annotations
-import warnings
+import re, warnings
 from collections.abc import Mapping
 from pathlib import Path
 import numpy as np, pandas as pd
-from ..core import CrossFusionError, derive_seed, expect
+from ..core import CrossFusionError, derive_seed, expect, write_text
 from ..survival.metrics import first_few
 from ..survival.outcomes import cut_points, to_bin
 
 # %% auto #0
-__all__ = ['SPELLINGS', 'SLIDE_ENDINGS', 'CLINICAL', 'slide_name', 'read_cohort', 'patients_of', 'match_bags', 'split_patients',
-           'make_folds', 'check_folds', 'read_splits']
+__all__ = ['SPELLINGS', 'SLIDE_ENDINGS', 'DAYS_A_MONTH', 'CLINICAL', 'slide_name', 'read_cohort', 'cohort_notes', 'patients_of',
+           'match_bags', 'split_patients', 'sites_of', 'make_folds', 'shared_sites', 'Folds', 'check_folds',
+           'read_splits', 'write_splits', 'published_cuts', 'read_manifest']
 
 # %% ../../nbs/31_data.cohort.ipynb #6954d76f
-SPELLINGS = {'patient': ('patient','case_id'), 'slide': ('slide','slide_id'), 'duration': ('duration','survival_months'),
-             'event': ('event',), 'censorship': ('censorship',)}
-SLIDE_ENDINGS = ('.svs','.tiff','.tif','.ndpi','.mrxs','.scn','.bif','.h5')
-_events = {'1': True, '1.0': True, 'true': True, 'dead': True, 'deceased': True, '0': False, '0.0': False, 'false': False, 'alive': False, 'living': False}
+SPELLINGS = {'patient': ('patient','case_id','patient_id'), 'slide': ('slide','slide_id','filename','image_file_name'), 'duration': ('duration','survival_months','survival_days'),
+             'event': ('event',), 'censorship': ('censorship',), 'site': ('site',)}     # in any case
+SLIDE_ENDINGS = ('.svs','.tiff','.tif','.ndpi','.mrxs','.scn','.bif','.h5','.pt')
+DAYS_A_MONTH = 365.25/12
+_unsaid = ('','-','--','na','n/a','nan','none','null','unknown','not reported','not available','not applicable','not evaluated','discrepancy')
+_events = {'1': True, '1.0': True, 'true': True, 'dead': True, 'deceased': True, '1:deceased': True,
+           '0': False, '0.0': False, 'false': False, 'alive': False, 'living': False, '0:living': False}
 
 def slide_name(
-    name:str, # a file's name, with or without ending
+    name:str, # a file's name, with or without ending and folder
 ) -> str:
     "A slide's name: the file's name without the ending"
+    name = str(name).split('/')[-1]
     for e in SLIDE_ENDINGS:
-        if str(name).lower().endswith(e): return str(name)[:-len(e)]
-    return str(name)
+        if name.lower().endswith(e): return name[:-len(e)]
+    return name
 
 def _to_event(values, path):
-    "Words and numbers to True = death observed"
+    "Words and numbers to 1 = death observed, 0 = censored, NaN = not said"
     words = values.astype(str).str.strip().str.lower()
-    bad = ~words.isin(list(_events))
+    words = words.mask(values.isna() | words.isin(_unsaid))
+    bad = words.notna() & ~words.isin(list(_events))
     expect(not bad.any(), f'{path}, row {int(np.argmax(bad))+2}, {values.name}', '0, 1, True, False, Alive or Dead', values[bad].iloc[0] if bad.any() else '')
-    return words.map(_events).astype(bool)
+    return words.map(_events).astype(float)
 
 # %% ../../nbs/31_data.cohort.ipynb #d99a5a47
 CLINICAL = {'age': ('age',), 'sex': ('sex','gender','is_female'), 'stage': ('stage','ajcc_pathologic_stage','tumor_stage'),
             'grade': ('grade','tumor_grade'), 'diagnosis': ('diagnosis','oncotree_code')}   # name here -> names in tables, the first that is there
-_unsaid = ('','-','--','na','n/a','nan','none','null','unknown','not reported','not available','not applicable','not evaluated','discrepancy')
 _sexes = {'female': 'female', 'f': 'female', 'male': 'male', 'm': 'male'}
 _is_female = {'1': 'female', '1.0': 'female', 'true': 'female', '0': 'male', '0.0': 'male', 'false': 'male'}
 
@@ -53,55 +58,133 @@ def _clinical_values(words, name, spelling):
     years = pd.to_numeric(words, errors='coerce')
     return years.where(years.between(0, 130, inclusive='neither'))
 
-def _add_clinical(t, path):
+def _add_clinical(t, path, notes):
     "Age, sex, stage, grade and diagnosis under one name each, the same in all rows of a patient"
     found = {name: spelling for name,spellings in CLINICAL.items() for spelling in [s for s in spellings if s in t][:1]}
     values = pd.DataFrame({name: _clinical_values(t[s], name, s) for name,s in found.items()}, index=t.index)
     told = values.groupby(t.patient)
     for name in found:
         two = sorted(t.patient[told[name].transform('nunique') > 1].unique())
-        if two: warnings.warn(f'{path}: {name} of patient {first_few(two)} differs from row to row and is taken as missing', stacklevel=3)
+        if two: notes.append(f'{name} of patient {first_few(two)} differs from row to row and is taken as missing')
         values[name] = told[name].transform('first').where(told[name].transform('nunique') == 1)
     return t.drop(columns=[s for names in CLINICAL.values() for s in names if s in t]).assign(**values)
 
 # %% ../../nbs/31_data.cohort.ipynb #2d28937f
-def _check_followup(t, path):
-    "Durations are numbers above 0 and a patient has one follow-up"
-    d = pd.to_numeric(t.duration, errors='coerce')
-    bad = ~(np.isfinite(d) & (d > 0))
-    expect(not bad.any(), f'{path}, row {int(np.argmax(bad))+2}, patient {t.patient[bad].iloc[0] if bad.any() else ""}',
-           'a duration in months above 0', t.duration[bad].iloc[0] if bad.any() else '', 'Correct or remove the row.')
-    two = t.groupby('patient')[['duration','event']].nunique().max(axis=1)
-    expect((two == 1).all(), f'{path}, patient {two.idxmax()}', 'one duration and event', 'rows that contradict each other', 'Correct the table.')
-    twice = t.slide[t.slide.duplicated()]
-    expect(not len(twice), f'{path}, slide {"".join(twice[:1])}', 'one row a slide', 'two', 'Remove one.')
-    return t.assign(duration=d.astype(float))
+def _columns(found, named, path):
+    "Which column of a table is the patient, the slide, ...: as named, or by its spelling"
+    lower,out = {c.lower(): c for c in found}, {}
+    for ours,spellings in SPELLINGS.items():
+        if named.get(ours):
+            expect(named[ours] in found, str(path), f'a column {named[ours]}', ', '.join(list(found)[:12]))
+            out[ours] = named[ours]
+        elif known := [lower[s] for s in spellings if s in lower]: out[ours] = known[0]
+    if named.get('event'): out.pop('censorship', None)
+    if named.get('censorship'): out.pop('event', None)
+    return out
 
-def read_cohort(
-    path:str|Path, # a CSV file, plain or zipped
-) -> pd.DataFrame: # one row per slide: patient, slide, duration (months), event (True = death observed); true_risk and `CLINICAL` where known
-    "Read a clinical table"
-    path = Path(path)
+def _read_table(path, columns=None):
+    "A CSV, TSV or Excel table as text, or only its column names"
     expect(path.is_file(), str(path), 'a clinical table', 'no such file', 'Check the path.')
-    clinical = [n for names in CLINICAL.values() for n in names]
-    keep = {n for names in SPELLINGS.values() for n in names} | {'true_risk', *clinical}
-    try: t = pd.read_csv(path, usecols=lambda c: c in keep, dtype={c: str for c in ('patient','case_id','slide','slide_id',*clinical)})
-    except (ValueError, OSError, UnicodeDecodeError) as e: raise CrossFusionError(f'{path}: expected a CSV table, found one that cannot be read ({e})') from None
-    t = t.rename(columns={n: k for k,names in SPELLINGS.items() for n in names})
-    if 'event' not in t and 'censorship' in t: t['event'] = ~_to_event(t.censorship, path)
-    elif 'event' in t: t['event'] = _to_event(t.event, path)
-    for c in ('patient','slide','duration','event'): expect(c in t, str(path), f'a column {c} ({" or ".join(SPELLINGS[c])})', ', '.join(t) or 'none of them')
-    t['slide'] = t.slide.map(slide_name)
-    t = _add_clinical(_check_followup(t, path), path)
-    return t[[c for c in ('patient','slide','duration','event','true_risk',*CLINICAL) if c in t]].reset_index(drop=True)
+    which = dict(nrows=0) if columns is None else dict(usecols=list(columns), dtype=str)
+    try:
+        if path.suffix in ('.xlsx','.xls'): return pd.read_excel(path, **which)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', pd.errors.ParserWarning)
+            return pd.read_csv(path, sep='\t' if path.suffix in ('.tsv','.txt') else ',', **which)
+    except (ValueError, OSError, UnicodeDecodeError, KeyError) as e:
+        raise CrossFusionError(f'{path}: expected a table (CSV, TSV or Excel), found one that cannot be read ({e})') from None
+
+# %% ../../nbs/31_data.cohort.ipynb #e57fc8ad
+_barcode = re.compile(r'TCGA-\w\w-\w{4}')
+
+def _patients(t, notes):
+    "Patients' names, from TCGA barcodes where the table has slides in their place"
+    t['patient'] = t.patient.str.strip()
+    longer = t.patient.str.match(_barcode.pattern + r'-.+', na=False)
+    if longer.any():
+        n = t.patient.nunique()
+        t.loc[longer, 'patient'] = t.patient[longer].str[:12]
+        notes.append(f'the column of patients holds slides: {t.patient.nunique()} patients were recovered from {n} TCGA barcodes')
+    return t
+
+def _check_followup(t, path, notes):
+    "Durations in months, events as True and False; one follow-up a patient; whoever has none is kept without a duration"
+    d = pd.to_numeric(t.duration, errors='coerce')
+    unsaid = t.duration.isna() | t.duration.astype(str).str.strip().str.lower().isin(_unsaid)
+    bad = ~unsaid & ~(np.isfinite(d) & (d >= 0))
+    expect(not bad.any(), f'{path}, row {t.index[bad][0]+2 if bad.any() else 0}, patient {t.patient[bad].iloc[0] if bad.any() else ""}',
+           'a duration of 0 or more', t.duration[bad].iloc[0] if bad.any() else '', 'Correct or remove the row.')
+    t['duration'] = d.mask(t.event.isna())
+    two = t.assign(event=t.event.fillna(-1), duration=t.duration.fillna(-1)).groupby('patient')[['duration','event']].nunique().max(axis=1)
+    rows = [str(r+2) for r in t.index[t.patient == two.idxmax()]]
+    expect((two == 1).all(), f'{path}, patient {two.idxmax()}', 'one duration and event', f'rows that contradict each other ({", ".join(rows[:4])})', 'Correct the table.')
+    for what,who in (('without a duration or an event are listed as missing', t.duration.isna()), ('have a duration of 0 and are kept: they count in the first bin', t.duration == 0)):
+        names = sorted(t.patient[who].unique())
+        if names: notes.append(f'{len(names)} patients {what} ({first_few(names)})')
+    t['event'] = t.event.fillna(0).astype(bool)
+    return t
+
+def _one_row_a_slide(t, path, notes):
+    "The same row twice is one; a slide of two patients is refused"
+    owners = t[t.slide != ''].groupby('slide').patient.nunique()
+    expect((owners <= 1).all(), f'{path}, slide {owners.idxmax() if len(owners) else ""}', 'one patient', 'two', 'Correct the table.')
+    twice = t.duplicated(['patient','slide'])
+    if twice.any(): notes.append(f'{int(twice.sum())} slides are listed twice and count once ({first_few(sorted(t.slide[twice]))})')
+    return t[~twice]
+
+# %% ../../nbs/31_data.cohort.ipynb #2053c50e
+def read_cohort(
+    path:str|Path,        # a table: CSV (also zipped), TSV or Excel, one row per slide, or per patient where `slides` is given
+    slides:str|Path=None, # a second table of patient and slide, as STAMP has it
+    patient:str=None,     # name of the column, where it is none of `SPELLINGS`; so for the next four
+    slide:str=None,
+    duration:str=None,
+    event:str=None,       # 1, True, Dead: death observed
+    censorship:str=None,  # 1: death not observed
+    unit:str=None,        # 'months' or 'days'; None: days if the column's name says so
+) -> pd.DataFrame: # one row per slide: patient, slide, duration (months), event (True = death observed); site, true_risk and `CLINICAL` where known
+    "Read a clinical table; `cohort_notes` tells what was noticed"
+    path,notes = Path(path),[]
+    named = dict(patient=patient, slide=slide, duration=duration, event=event, censorship=censorship)
+    columns = _columns(found := list(_read_table(path)), named if not slides else named | dict(slide=None), path)
+    if slides: columns.pop('slide', None)
+    clinical = [c for names in CLINICAL.values() for c in names if c in found]
+    t = _read_table(path, {*columns.values(), *clinical, *({'true_risk'} & set(found))}).rename(columns={c: k for k,c in columns.items()})
+    if slides: t = _join_slides(t, Path(slides), named, notes)
+    if 'event' in t: t['event'] = _to_event(t.event, path)
+    elif 'censorship' in t: t['event'] = 1 - _to_event(t.censorship, path)
+    for c in ('patient','slide','duration','event'): expect(c in t, str(path), f'a column {c} ({" or ".join(SPELLINGS[c])})', ', '.join(found[:12]) or 'none', f'Name it: {c}=...')
+    t['slide'] = t.slide.fillna('').map(slide_name)
+    if 'true_risk' in t: t['true_risk'] = t.true_risk.astype(float)
+    t = _one_row_a_slide(_check_followup(_patients(t, notes), path, notes), path, notes)
+    if (unit or ('days' if 'day' in columns['duration'].lower() else 'months')) == 'days': t['duration'] = t.duration/DAYS_A_MONTH
+    t = _add_clinical(t, path, notes)
+    t = t[[c for c in ('patient','slide','duration','event','site','true_risk',*CLINICAL) if c in t]].reset_index(drop=True)
+    t.attrs['notes'] = notes
+    return t
+
+def _join_slides(t, path, named, notes):
+    "The table of patients with the slides of a second table; patients without a slide stay"
+    columns = _columns(list(_read_table(path)), dict(patient=named['patient'], slide=named['slide']), path)
+    for c in ('patient','slide'): expect(c in columns, str(path), f'a column {c} ({" or ".join(SPELLINGS[c])})', 'none')
+    s = _read_table(path, [columns['patient'], columns['slide']]).rename(columns={v: k for k,v in columns.items()})
+    unknown = sorted(set(s.patient) - set(t.patient))
+    if unknown: notes.append(f'{len(unknown)} patients of {path.name} are not in the clinical table and are left out ({first_few(unknown)})')
+    return t.merge(s, on='patient', how='left')
+
+def cohort_notes(
+    cohort:pd.DataFrame, # as `read_cohort` gives it
+) -> list: # of sentences
+    "What was noticed in reading a table"
+    return list(cohort.attrs.get('notes', []))
 
 # %% ../../nbs/31_data.cohort.ipynb #9476588e
 def patients_of(
     cohort:pd.DataFrame, # one row per slide
-) -> pd.DataFrame: # one row per patient: patient, duration, event, n_slides; true_risk and `CLINICAL` where known
+) -> pd.DataFrame: # one row per patient: patient, duration, event, n_slides; site, true_risk and `CLINICAL` where known
     "One row per patient"
     g = cohort.groupby('patient', sort=True)
-    return g[[c for c in ('duration','event','true_risk',*CLINICAL) if c in cohort]].first().assign(n_slides=g.size()).reset_index()
+    return g[[c for c in ('duration','event','site','true_risk',*CLINICAL) if c in cohort]].first().assign(n_slides=g.size()).reset_index()
 
 # %% ../../nbs/31_data.cohort.ipynb #a978af71
 def match_bags(
@@ -110,7 +193,8 @@ def match_bags(
 ) -> tuple: # the rows that have a whole bag; and a table of the missing: patient, slide, reason
     "Keep the slides that have a bag, and list the others"
     problems = getattr(bags, 'problems', {})
-    reason = [problems.get(s, '' if s in bags else 'no bag file') for s in cohort.slide]
+    unusable = lambda s, months: 'no follow-up in the table' if np.isnan(months) else '' if s else 'no slide in the table'
+    reason = [unusable(s, months) or problems.get(s, '' if s in bags else 'no bag file') for s,months in zip(cohort.slide, cohort.duration)]
     missing = cohort[['patient','slide']].assign(reason=reason)[np.array(reason) != '']
     found = cohort[np.array(reason) == ''].reset_index(drop=True)
     expect(len(found), 'the clinical table and the bags', 'slides in common', f'none (the table has {cohort.slide.iloc[0]}, the bags {next(iter(bags))})',
@@ -128,31 +212,65 @@ def split_patients(
     patients:pd.DataFrame, # one row per patient: patient, duration, event
     n_splits:int,          # parts
     seed:int=0,            # another seed, another split
+    groups=None,           # (n,) labels; patients of one label stay together
 ) -> np.ndarray: # (n,) int, the part of each patient
     "Split patients into equal parts, stratified by time bin and event"
-    expect(len(patients) >= n_splits, 'patients', f'at least {n_splits}, one a part', len(patients))
+    n,unit = (len(patients),'patients') if groups is None else (len(set(groups)),'sites')
+    expect(n >= n_splits, unit, f'at least {n_splits}, one a part', n)
     strata = _strata(patients)
     label,count = np.unique(strata, return_counts=True)
     rare = np.isin(strata, label[count < n_splits])
     strata = np.where(rare, patients.event.to_numpy().astype(int) - 2, strata)  # rare ones are joined by event
     part = np.zeros(len(patients), int)
-    from sklearn.model_selection import StratifiedKFold   # slow to import, and most commands make no folds
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold   # slow to import, and most commands make no folds
+    kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)   # scikit-learn warns where a stratum is smaller than the number of parts
-        for k,(_,rows) in enumerate(StratifiedKFold(n_splits, shuffle=True, random_state=derive_seed(seed, 'folds')).split(strata, strata)): part[rows] = k
+        splits = kind(n_splits, shuffle=True, random_state=derive_seed(seed, 'folds')).split(strata, strata, groups)
+        for k,(_,rows) in enumerate(splits): part[rows] = k
     return part
+
+# %% ../../nbs/31_data.cohort.ipynb #dfc93cc9
+def sites_of(
+    patients:pd.DataFrame, # with patient and, where these are no TCGA barcodes, site
+) -> pd.Series: # of str, the site of each row
+    "Where each patient's slides come from"
+    tcga = patients.patient.str.match(_barcode)
+    expect(tcga.all() or 'site' in patients, 'sites', 'TCGA barcodes as patients, or a column site', patients.patient[~tcga].iloc[0] if not tcga.all() else '')
+    return patients.patient.str[5:7] if tcga.all() else patients.site.astype(str)
 
 def make_folds(
     cohort:pd.DataFrame, # one row per slide
     n_folds:int=5,       # folds
     seed:int=0,          # another seed, other folds
+    by_site:bool=False,  # True: all patients of a site are in one fold
+    repeats:int=1,       # so many times, with other seeds
 ) -> list: # one dict(train=[patients], test=[patients]) per fold
     "Folds by patient, stratified by time bin and event"
-    p = patients_of(cohort)
-    part = split_patients(p, n_folds, seed)
-    return [dict(train=p.patient[part != k].tolist(), test=p.patient[part == k].tolist()) for k in range(n_folds)]
+    p = patients_of(cohort[cohort.duration.notna()])
+    groups = sites_of(p) if by_site else None
+    parts = [split_patients(p, n_folds, seed + r, groups) for r in range(repeats)]
+    return [dict(train=p.patient[part != k].tolist(), test=p.patient[part == k].tolist()) for part in parts for k in range(n_folds)]
 
 # %% ../../nbs/31_data.cohort.ipynb #791f1b9f
+def shared_sites(
+    folds:list,          # dicts of train and test patients
+    cohort:pd.DataFrame, # one row per slide
+) -> pd.DataFrame: # one row per fold: test patients, deaths, sites among them, and how many of these sites (and patients) training has, too
+    "How much of a fold's test side comes from places that training has seen"
+    p = patients_of(cohort).set_index('patient')
+    site,rows = sites_of(p.reset_index()).set_axis(p.index), []
+    for f in folds:
+        test,seen = site[f['test']], set(site[f['train']])
+        rows.append(dict(train=len(f['train']), test=len(test), deaths=int(p.event[f['test']].sum()), sites=test.nunique(),
+                         shared_sites=len(set(test) & seen), patients_of_shared=int(test.isin(seen).sum())))
+    return pd.DataFrame(rows).rename_axis('fold')
+
+# %% ../../nbs/31_data.cohort.ipynb #8c8ae094
+class Folds(list):
+    "A list of folds, and in `notes` what was noticed in reading them"
+    notes = ()
+
 def check_folds(
     folds:list,          # dicts of train and test patients
     cohort:pd.DataFrame, # one row per slide
@@ -167,17 +285,55 @@ def check_folds(
         for side in ('train','test'): expect(f[side], f'{where}, fold {k}', f'{side} patients', 'none')
     return folds
 
+def _split_file(path):
+    "Names on the training and on the reported side of one file"
+    t = pd.read_csv(path, dtype=str)
+    for c in ('train','val'): expect(c in t, str(path), f'a column {c}', ', '.join(t))
+    train,val = t.train.dropna().tolist(), t.val.dropna().tolist()
+    return (train + val, t.test.dropna().tolist()) if 'test' in t else (train, val)
+
 def read_splits(
     folder:str|Path,     # folder with splits_0.csv, splits_1.csv, ...
     cohort:pd.DataFrame, # one row per slide
-) -> list: # one dict(train=[patients], test=[patients]) per fold
-    "Read the published split files: columns train and val of patients, ragged"
+) -> Folds: # one dict(train=[patients], test=[patients]) per fold, and notes
+    "Read split files: columns train and val (and test) of patients or slides"
     folder = Path(folder)
-    paths = sorted(folder.glob('splits_[0-9]*.csv'), key=lambda p: int(p.stem.split('_')[1]))
+    paths = sorted(folder.glob('splits_[0-9]*.csv'), key=lambda p: int(re.match(r'splits_(\d+)', p.stem)[1]))
+    paths = [p for p in paths if re.fullmatch(r'splits_\d+', p.stem)]
     expect(paths, str(folder), 'files splits_0.csv, splits_1.csv, ...', 'none', 'Check the path.')
-    folds = []
-    for p in paths:
-        t = pd.read_csv(p, dtype=str)
-        for c in ('train','val'): expect(c in t, str(p), f'a column {c}', ', '.join(t))
-        folds.append(dict(train=t.train.dropna().tolist(), test=t.val.dropna().tolist()))
+    whose = dict(zip(cohort.slide, cohort.patient)) | {p: p for p in cohort.patient}
+    folds,unknown,named = Folds(), set(), set()
+    for path in paths:
+        sides = [[(n, whose.get(n) or whose.get(slide_name(n))) for n in side] for side in _split_file(path)]
+        unknown |= {n for side in sides for n,p in side if p is None}; named |= {n for side in sides for n,_ in side}
+        folds.append({k: list(dict.fromkeys(p for _,p in side if p is not None)) for k,side in zip(('train','test'), sides)})
+    expect(len(unknown) <= len(named)/2, str(folder), 'patients or slides of the clinical table', f'{len(unknown)} of {len(named)} that it does not have ({first_few(sorted(unknown))})')
+    never = sorted(set(cohort.patient) - {p for f in folds for p in f['test']})
+    folds.notes = [n for n in (unknown and f'{len(unknown)} names in the split files are not in the clinical table and are left out ({first_few(sorted(unknown))})',
+                               never and f'{len(never)} patients of the table are on the test side of no fold ({first_few(never)})') if n]
     return check_folds(folds, cohort, str(folder))
+
+def write_splits(
+    folder:str|Path, # gets splits_0.csv, ...
+    folds:list,      # dicts of train and test patients
+):
+    "Write folds as `read_splits` and other programs read them"
+    for k,f in enumerate(folds):
+        write_text(Path(folder)/f'splits_{k}.csv', pd.DataFrame({c: pd.Series(f[side], dtype=object) for c,side in (('train','train'), ('val','test'))}).to_csv())
+
+# %% ../../nbs/31_data.cohort.ipynb #ded89fc7
+def published_cuts(
+    cohort:pd.DataFrame, # one row per slide
+    n_bins:int=4,        # k
+) -> np.ndarray: # (k+1,) edges, months
+    "Edges of the time bins as the published program has them: from all slides, reported folds included"
+    edges = np.quantile(cohort.duration[cohort.event], np.linspace(0, 1, n_bins + 1))
+    edges[[0,-1]] = cohort.duration.min() - 1e-6, cohort.duration.max() + 1e-6
+    return edges
+
+def read_manifest(
+    path:str|Path, # a manifest of the Genomic Data Commons
+) -> list: # of slide names, as often as they are listed
+    "The slides in a GDC manifest"
+    names = pd.read_csv(path, sep='\t', usecols=['filename'], dtype=str).filename
+    return [slide_name(n) for n in names[names.str.lower().str.endswith('.svs')]]

@@ -4,28 +4,33 @@
 
 # %% ../../nbs/32_data.loaders.ipynb #958cec37
 from __future__ import annotations
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 import numpy as np, pandas as pd, torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
 from ..bag import Bag, concat_bags
-from ..core import CrossFusionError, expect
+from ..core import CrossFusionError, expect, rng
+from .bags import finite
 from .cohort import patients_of
 from ..survival.outcomes import to_bin
 
 # %% auto #0
-__all__ = ['bag_inputs', 'PatientDataset', 'stack_items', 'PatientLoader', 'patient_loader', 'patient_loaders']
+__all__ = ['bag_inputs', 'PatientDataset', 'stack_items', 'sample_bag', 'pad_items', 'unpad', 'ahead', 'PatientLoader',
+           'patient_loader', 'patient_loaders']
 
 # %% ../../nbs/32_data.loaders.ipynb #b2ed0849
 def bag_inputs(
     bag:Bag, # of a slide, or of a patient
-) -> tuple: # features: mag -> (n, d) float32 tensor, and coords: mag -> (n, 2) int32 tensor
+) -> tuple: # features: mag -> (n, d) tensor, float16 or float32; coords: mag -> (n, 2) int32 tensor, None where they are not known
     "What a model takes of a bag, refused where it is empty or not finite"
     for m,f in bag.features.items():
         expect(len(f), f'{bag.slide} {m}x', 'at least one patch', 'none', 'Leave the slide out of the table.')
-        expect(np.isfinite(f).all(), f'{bag.slide} {m}x', 'finite features', f'{int((~np.isfinite(f)).sum())} that are NaN or infinite', 'Extract the slide again.')
-    return {m: torch.from_numpy(f).float() for m,f in bag.features.items()}, {m: torch.from_numpy(c) for m,c in bag.coords.items()}
+        expect(finite(f), f'{bag.slide} {m}x', 'finite features', f'{int((~np.isfinite(f)).sum())} that are NaN or infinite', 'Extract the slide again.')
+    return {m: torch.from_numpy(f) for m,f in bag.features.items()}, {m: torch.from_numpy(c) for m,c in bag.coords.items()} if bag.placed else None
 
 # %% ../../nbs/32_data.loaders.ipynb #bdb126c5
 class PatientDataset:
@@ -35,39 +40,107 @@ class PatientDataset:
         bags:Mapping,        # slide -> `Bag`
         patients,            # the patients wanted, in their order
         cuts,                # (n_bins+1,) edges of the time bins, months
+        by:str='patient',    # what an item is: 'patient', all slides joined; or 'slide', each by itself with its patient's follow-up
     ):
+        expect(by in ('patient','slide'), 'by', 'patient or slide', by)
+        if by == 'slide':
+            cohort = cohort[cohort.patient.isin(list(patients))].assign(patient=cohort.slide)
+            patients = cohort.slide
         self.bags,self.slides = bags, cohort.groupby('patient').slide.agg(list)
         self.table = patients_of(cohort).set_index('patient').loc[list(patients)].reset_index()
         self.table['bin'] = to_bin(self.table.duration, cuts)
 
     def __len__(self): return len(self.table)
 
-    def __getitem__(self, i):
+    def bag(self, i): return concat_bags([self.bags[s] for s in self.slides[self.table.patient.iloc[i]]])
+    def target(self, i):
         p = self.table.iloc[i]
-        target = dict(bin=torch.tensor(p.bin), event=torch.tensor(bool(p.event)), duration=torch.tensor(p.duration, dtype=torch.float32), row=torch.tensor(int(i)))
-        return bag_inputs(concat_bags([self.bags[s] for s in self.slides[p.patient]])), target
+        return dict(bin=torch.tensor(p.bin), event=torch.tensor(bool(p.event)), duration=torch.tensor(p.duration, dtype=torch.float32), row=torch.tensor(int(i)))
+    def __getitem__(self, i): return bag_inputs(self.bag(i)), self.target(i)
 
 # %% ../../nbs/32_data.loaders.ipynb #014423d8
+def _stacked(dicts):
+    "Dicts of tensors as one, with a batch dimension; None if one is None"
+    if any(d is None for d in dicts): return None
+    shapes = [{k: tuple(v.shape) for k,v in d.items()} for d in dicts]
+    expect(all(s == shapes[0] for s in shapes), 'a batch', f'bags of one size, as {shapes[0]}', next((s for s in shapes if s != shapes[0]), ''),
+           'Sample patches (n_patches), pad them (pad), or use batches of one bag and let the recipe gather several for a step.')
+    return {k: torch.stack([d[k] for d in dicts]) for k in dicts[0]}
+
 def stack_items(
     items:list, # of `((features, coords), target)`
 ) -> tuple: # the same with a batch dimension: (b, n, d), (b, n, 2), (b,)
     "Several patients as one batch"
-    def stack(dicts):
-        shapes = [{k: tuple(v.shape) for k,v in d.items()} for d in dicts]
-        expect(all(s == shapes[0] for s in shapes), 'a batch', f'bags of one size, as {shapes[0]}', next((s for s in shapes if s != shapes[0]), ''),
-               'Use batches of one bag and let the recipe gather several for a step.')
-        return {k: torch.stack([d[k] for d in dicts]) for k in dicts[0]}
     inputs,targets = zip(*items)
-    return (stack([f for f,_ in inputs]), stack([c for _,c in inputs])), stack(targets)
+    return tuple(map(_stacked, zip(*inputs))), _stacked(targets)
 
 # %% ../../nbs/32_data.loaders.ipynb #a571f921
+def _draw(rows, n, gen):
+    "n of the rows in their order: without repetition as far as they go"
+    if len(rows) >= n: return np.sort(gen.choice(rows, n, replace=False))
+    return np.sort(np.concatenate([np.tile(rows, n//len(rows)), gen.choice(rows, n % len(rows), replace=False)]))
+
+def sample_bag(
+    bag:Bag, # of a slide, or of a patient
+    n:int,   # patches of the coarsest magnification
+    gen:np.random.Generator, # decides which
+) -> Bag: # n, 4n, 16n patches at 5x, 10x, 20x
+    "A random part of a bag: patches of the coarsest magnification with those that lie in them"
+    top = bag.mags[0]
+    rows = {top: _draw(np.arange(len(bag.features[top])), n, gen)}
+    for coarser,m in zip(bag.mags, bag.mags[1:]):
+        within = np.flatnonzero(np.isin(bag.parents(m), rows[coarser]))
+        rows[m] = _draw(within if len(within) else np.arange(len(bag.features[m])), round(n*(m/top)**2), gen)
+    return replace(bag, features={m: bag.features[m][r] for m,r in rows.items()}, coords={m: bag.coords[m][r] for m,r in rows.items()})
+
+# %% ../../nbs/32_data.loaders.ipynb #d1663b30
+def pad_items(
+    items:list, # of `((features, coords), target)`, of any sizes
+) -> tuple: # ((features, coords, mask), target) with a batch dimension; mask: {mag: (b, n) bool}, False = padding
+    "Several patients of different sizes as one batch"
+    inputs,targets = zip(*items)
+    features,coords = zip(*inputs)
+    padded = lambda dicts: None if any(d is None for d in dicts) else {m: torch.nn.utils.rnn.pad_sequence([d[m] for d in dicts], batch_first=True) for m in dicts[0]}
+    mask = padded([{m: torch.ones(len(f), dtype=torch.bool) for m,f in fs.items()} for fs in features])
+    return (padded(features), padded(coords), mask), _stacked(targets)
+
+def unpad(
+    features:dict, # {mag: (b, n, d)}
+    coords:dict,   # {mag: (b, n, 2)} or None
+    mask:dict,     # {mag: (b, n)}, False = padding
+): # yields b times (features, coords) of one bag, (1, n_i, d) and (1, n_i, 2)
+    "The bags of a padded batch, one by one"
+    for i in range(len(next(iter(mask.values())))):
+        of = lambda x: x and {m: v[i, mask[m][i]][None] for m,v in x.items()}
+        yield of(features), of(coords)
+
+# %% ../../nbs/32_data.loaders.ipynb #0c8e22d6
+def ahead(
+    items, # iterable
+    n:int=1, # items made before they are asked for
+): # yields the same items
+    "Make the next items in a thread while the last one is in use"
+    items,end = iter(items), object()
+    if n < 1: yield from items; return
+    with ThreadPoolExecutor(1) as thread:
+        coming = deque(thread.submit(next, items, end) for _ in range(n))
+        while (o := coming.popleft().result()) is not end:
+            coming.append(thread.submit(next, items, end))
+            yield o
+
 class PatientLoader(DataLoader):
-    "A fastai DataLoader over patients; `balanced` draws each kind of outcome equally often"
-    balanced = False
+    "A fastai DataLoader over patients; `balanced` draws each kind of outcome equally often, `n_patches` samples, `n_ahead` reads ahead"
+    balanced,n_patches,n_ahead = False,0,1
     def get_idxs(self):
         if not self.balanced: return super().get_idxs()
         kind = self.dataset.table.bin*2 + self.dataset.table.event
         return self.rng.choices(range(self.n), list(1/kind.map(kind.value_counts())), k=self.n)
+    def create_item(self, i):
+        if not self.n_patches: return self.dataset[i]
+        return bag_inputs(sample_bag(self.dataset.bag(i), self.n_patches, rng(self.seed, i))), self.dataset.target(i)
+    def create_batches(self, samples):
+        if self.n_patches: self.seed = self.rng.getrandbits(32)    # another part of each bag in each epoch
+        return ahead(super().create_batches(samples), self.n_ahead)
 
 def patient_loader(
     cohort:pd.DataFrame, # one row per slide
@@ -75,10 +148,16 @@ def patient_loader(
     patients,            # the patients wanted
     cuts,                # (n_bins+1,) edges of the time bins, months
     shuffle:bool=False,  # another order in each epoch
-    bs:int=1,            # bags in a batch; above 1 they must be of one size
+    bs:int=1,            # bags in a batch; above 1 they are of one size, sampled or padded
+    by:str='patient',    # what an item is: patient or slide
+    n_patches:int=0,     # patches of the coarsest magnification sampled from each bag, see `sample_bag`; 0: all
+    pad:bool=False,      # True: batches are padded, and `inputs` has a mask, see `pad_items`
+    n_ahead:int=1,       # batches read ahead
 ) -> DataLoader: # of `(features, coords), target`
     "Patients as a fastai DataLoader"
-    return PatientLoader(PatientDataset(cohort, bags, patients, cuts), bs=bs, shuffle=shuffle, create_batch=stack_items, device=default_device())
+    dl = PatientLoader(PatientDataset(cohort, bags, patients, cuts, by), bs=bs, shuffle=shuffle, create_batch=pad_items if pad else stack_items, device=default_device())
+    dl.n_patches,dl.n_ahead = n_patches,n_ahead
+    return dl
 
 def patient_loaders(
     cohort:pd.DataFrame, # one row per slide
@@ -86,7 +165,9 @@ def patient_loaders(
     train,               # patients to learn from
     valid,               # patients to choose the epoch on
     cuts,                # (n_bins+1,) edges of the time bins, months
-    bs:int=1,            # bags in a batch
+    bs:int=1,            # bags in a training batch; validation has one
+    n_patches:int=0,     # sampled from each training bag; validation sees all
+    **kwargs,            # of `patient_loader`
 ) -> DataLoaders:
     "Training and validation patients as fastai DataLoaders"
-    return DataLoaders(patient_loader(cohort, bags, train, cuts, shuffle=True, bs=bs), patient_loader(cohort, bags, valid, cuts, bs=bs))
+    return DataLoaders(patient_loader(cohort, bags, train, cuts, shuffle=True, bs=bs, n_patches=n_patches, **kwargs), patient_loader(cohort, bags, valid, cuts))

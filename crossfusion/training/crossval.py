@@ -16,7 +16,7 @@ from ..bag import Bag
 from ..cluster import workers
 from ..core import CrossFusionError, RunFolder, atomic_path, derive_seed, expect, fingerprint, progress, read_json, set_seed, write_json, write_text
 from ..data.bags import KeptBags, bags_fingerprint
-from ..data.cohort import CLINICAL, check_folds, make_folds, match_bags, patients_of, split_patients
+from ..data.cohort import CLINICAL, check_folds, make_folds, match_bags, patients_of, published_cuts, split_patients
 from ..data.loaders import bag_inputs, patient_loader, patient_loaders
 from ..models.registry import model_named
 from ..survival.added_value import added_value
@@ -108,7 +108,7 @@ def _train(model, run, k, fold, cohort, bags, cuts, bar):
     fit,choose = training_sides(cohort, fold, s['protocol'], derive_seed(s['seed'], 'inner', k))
     recipe = Recipe(**s['recipe']) if choose else recipe_named(Recipe(**s['recipe']), choose='last', patience=0)
     cbs = [SeedEpochs(s['seed'], 'fold', k), Checkpoint(run.fold(k)/'checkpoint.pt'), *([_Bar(bar)] if bar else []), *([] if choose else [NoValidation()])]
-    learn = survival_learner(patient_loaders(cohort, bags, fit, choose or fit[:1], cuts), model, recipe, cbs)
+    learn = survival_learner(patient_loaders(cohort, bags, fit, choose or fit[:1], cuts, recipe.bs, recipe.n_patches), model, recipe, cbs)
     with learn.no_bar(): return fit_recipe(learn)
 
 # %% ../../nbs/51_training.crossval.ipynb #9a9f08ac
@@ -128,7 +128,7 @@ def train_fold(
         if _is_done(run, k): return bar and bar.update(s['recipe']['n_epoch'])
         set_seed(s['seed'], 'fold', k)
         p = patients_of(cohort[cohort.patient.isin(fold['train'])])
-        cuts,model = cut_points(p.duration, p.event, s['n_bins']), new_model(s)
+        cuts,model = published_cuts(cohort, s['n_bins']) if s['cuts'] == 'published' else cut_points(p.duration, p.event, s['n_bins']), new_model(s)
         history = _train(model, run, k, fold, cohort, bags, cuts, bar)
         if rank_distrib(): return                                          # of several processes the first writes
         train = predict_patients(model, cohort, bags, p.patient, cuts)
@@ -143,12 +143,12 @@ def train_fold(
     _is_done(run, k)
 
 # %% ../../nbs/51_training.crossval.ipynb #52e2fc95
-def _settings(cohort, bags, folds, model, model_options, protocol, recipe, n_bins, seed):
+def _settings(cohort, bags, folds, model, model_options, protocol, recipe, n_bins, seed, cuts):
     "Everything that decides the result"
     first = bags[cohort.slide.iloc[0]]
-    return dict(model=model, model_options=model_options, protocol=protocol, recipe=asdict(recipe), n_bins=n_bins, seed=seed,
+    return dict(model=model, model_options=model_options, protocol=protocol, recipe=asdict(recipe), n_bins=n_bins, cuts=cuts, seed=seed,
                 n_features=first.n_features, mags=first.mags, encoder=first.encoder, patch_px=first.patch_px, folds=fingerprint(folds),
-                cohort=fingerprint(cohort.drop(columns=[c for c in CLINICAL if c in cohort]).to_csv(index=False)), bags=bags_fingerprint(bags, cohort.slide))
+                cohort=fingerprint(cohort.drop(columns=[c for c in ('site', *CLINICAL) if c in cohort]).to_csv(index=False)), bags=bags_fingerprint(bags, cohort.slide))
 
 def cross_validate(
     cohort:pd.DataFrame,   # one row per slide: patient, slide, duration (months), event (True = death observed)
@@ -163,17 +163,20 @@ def cross_validate(
     n_workers:int=1,       # folds trained side by side
     ray:str='',            # address of a Ray cluster that trains the folds; 'local' starts one here
     gpu_share:float=0.,    # GPUs for a fold, on the cluster
+    cuts:str='training',   # edges of the time bins: from 'training' patients, or 'published': from all slides, reported folds included
+    cache:float=1.,        # GiB of bags that a process keeps in memory
     **model_options,       # of the model, for instance embed_dim=64
 ) -> dict: # the metrics, as in metrics.json; None in all but the first of the processes of `accelerate launch`
     "Train and score every fold; write the run folder"
     expect(protocol in PROTOCOLS, 'protocol', ', '.join(PROTOCOLS), protocol)
+    expect(cuts in ('training','published'), 'cuts', 'training or published', cuts)
     found,missing = match_bags(cohort, bags)
     folds = check_folds(folds or make_folds(cohort, seed=seed), cohort)
     has_bag = set(found.patient)
     use = check_folds([{side: [p for p in f[side] if p in has_bag] for side in f} for f in folds], found, 'patients with bags')
-    run = RunFolder(out).start(_settings(found, bags, folds, model, model_options, protocol, recipe_named(recipe), n_bins, seed))
+    run = RunFolder(out).start(_settings(found, bags, folds, model, model_options, protocol, recipe_named(recipe), n_bins, seed, cuts))
     write_json(run/'folds.json', folds); _write_table(run/'cohort.csv', cohort); _write_table(run/'missing.csv', missing)
-    _train_folds(run, use, found, KeptBags(bags), n_workers, ray, gpu_share)
+    _train_folds(run, use, found, KeptBags(bags, int(cache*2**30)), n_workers, ray, gpu_share)
     return None if rank_distrib() else score(run)
 
 def _train_folds(run, folds, cohort, bags, n_workers, ray='', gpu_share=0.):
@@ -282,7 +285,7 @@ def _check_kind(run, bag):
 # %% ../../nbs/51_training.crossval.ipynb #e5c60570
 def _batch(bag):
     "A bag as a batch of one"
-    return to_device(tuple({m: o[None] for m,o in x.items()} for x in bag_inputs(bag)), default_device())
+    return to_device(tuple(x and {m: o[None] for m,o in x.items()} for x in bag_inputs(bag)), default_device())
 
 @torch.no_grad()
 def predict(

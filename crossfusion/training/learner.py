@@ -17,6 +17,7 @@ from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.torch_core import num_distrib
 from ..core import expect
+from ..data.loaders import unpad
 from ..survival.cox import LOSSES, loss_named
 from .callbacks import (AverageWeights, BFloat16, CIndex, ClipGradients, GatherBags, GatherLogits, History, KeepBest,
     NameTrouble, NoValidation, SplatInputs, StopEarly, SurvivalLearner, together)
@@ -37,6 +38,8 @@ class Recipe:
     wd:float=1e-2        # weight decay
     decouple_wd:bool=True # True: apart from the gradient (AdamW); False: as a part of it (Adam)
     gather:int=4         # bags in a step; for a loss that compares patients: those it compares
+    bs:int=1             # bags in a batch; above 1 needs `n_patches`
+    n_patches:int=0      # patches of the coarsest magnification that training samples from each bag, with those in them; 0: all
     clip:float=1.        # largest norm of the gradient; 0 for any
     base_rate:bool=True  # start from the hazards of the training patients as a whole
     standardise:bool=True # features with mean 0 and standard deviation 1 over the training patches
@@ -89,7 +92,9 @@ class Standardised(nn.Module):
     @property
     def head(self): return self.model.head
     def scaled(self, features): return {m: (f - getattr(self, f'mean_{m}'))/getattr(self, f'std_{m}') if m in self.mags else f for m,f in features.items()}
-    def forward(self, features, coords=None): return self.model(self.scaled(features), coords)
+    def forward(self, features, coords=None, mask=None): # mask: see `pad_items`
+        if mask is not None: return torch.cat([self(*bag) for bag in unpad(features, coords, mask)])
+        return self.model(self.scaled(features), coords)
     def attention(self, features, coords=None): return self.model.attention(self.scaled(features), coords)
 
     def fast(self, dtype=None): # a copy for prediction, see `CrossFusion.fast`; a model without one stays as it is
@@ -138,7 +143,7 @@ def base_rate_(
 # %% ../../nbs/50_training.learner.ipynb #2a389a96
 def _callbacks(r, loss):
     "The callbacks of a recipe"
-    yield from (SplatInputs(), NameTrouble(), (GatherLogits if loss.compares else GatherBags)(max(1, r.gather//max(1, num_distrib()))), History(), KeepBest(r.choose, r.first_choice))
+    yield from (SplatInputs(), NameTrouble(), (GatherLogits if loss.compares else GatherBags)(max(1, r.gather//(r.bs*max(1, num_distrib())))), History(), KeepBest(r.choose, r.first_choice))
     if r.clip: yield ClipGradients(r.clip)
     if r.patience: yield StopEarly(r.patience)
     if r.average: yield AverageWeights(r.average)

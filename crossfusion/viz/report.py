@@ -228,7 +228,7 @@ def cohort_section(
     r:Results, # the run
 ) -> Html:
     "Patients, slides, deaths, follow-up; who is missing"
-    p,rows = r.cohort.drop_duplicates('patient'), missing_rows(r)
+    p,rows = r.cohort.drop_duplicates('patient').dropna(subset=['duration','event']), missing_rows(r)
     follow,alive = (f'{o:.0f} months' if np.isfinite(o) else 'not reached' for o in median_followup(p.duration, p.event))
     slides = f', {r.cohort.slide.nunique()} slides' if 'slide' in r.cohort else ''
     n,dead = len(p), int(p.event.astype(bool).sum())
