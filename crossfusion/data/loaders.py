@@ -29,7 +29,7 @@ def bag_inputs(
     "What a model takes of a bag, refused where it is empty or not finite"
     for m,f in bag.features.items():
         expect(len(f), f'{bag.slide} {m}x', 'at least one patch', 'none', 'Leave the slide out of the table.')
-        expect(finite(f), f'{bag.slide} {m}x', 'finite features', f'{int((~np.isfinite(f)).sum())} that are NaN or infinite', 'Extract the slide again.')
+        if not finite(f): expect(False, f'{bag.slide} {m}x', 'finite features', f'{int((~np.isfinite(f)).sum())} that are NaN or infinite', 'Extract the slide again.')
     return {m: torch.from_numpy(f) for m,f in bag.features.items()}, {m: torch.from_numpy(c) for m,c in bag.coords.items()} if bag.placed else None
 
 # %% ../../nbs/32_data.loaders.ipynb #bdb126c5
@@ -65,7 +65,7 @@ def _stacked(dicts):
     shapes = [{k: tuple(v.shape) for k,v in d.items()} for d in dicts]
     expect(all(s == shapes[0] for s in shapes), 'a batch', f'bags of one size, as {shapes[0]}', next((s for s in shapes if s != shapes[0]), ''),
            'Sample patches (n_patches), pad them (pad), or use batches of one bag and let the recipe gather several for a step.')
-    return {k: torch.stack([d[k] for d in dicts]) for k in dicts[0]}
+    return {k: torch.stack([d[k] for d in dicts]) if len(dicts) > 1 else v[None] for k,v in dicts[0].items()}     # one bag is not copied
 
 def stack_items(
     items:list, # of `((features, coords), target)`
