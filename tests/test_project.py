@@ -8,12 +8,12 @@ from conftest import root
 
 
 def modules():
-    "Exported modules -> number of their notebook"
+    "Exported modules -> number of their notebook, 41a between 41 and 42"
     default_exp = re.compile(r'^\s*#\|\s*default_exp\s+(\S+)', re.M)
     found = {}
     for f, cells in check.notebooks().items():
         exp = [default_exp.search(''.join(c['source'])) for c in cells if c['cell_type'] == 'code']
-        for m in filter(None, exp): found[f'crossfusion.{m[1]}'] = int(f.name.split('_')[0])
+        for m in filter(None, exp): found[f'crossfusion.{m[1]}'] = (int(f.name[:2]), f.name.split('_')[0][2:])
     return found
 
 

@@ -9,15 +9,25 @@ from inspect import signature
 from torch import nn
 from ..core import MAGS, expect
 from .crossfusion import CrossFusion
-from .single_scale import AMIL
+from .graphs import DeepGraphSurv, PatchGCN
+from .hipt import HIPT
+from .multi_scale import CSMIL, MuSTMIL, ZoomMIL
+from .protosurv import ProtoSurv
+from .scmil import SCMIL
+from .single_scale import AMIL, DSMIL
+from .transmil import TransMIL
 
 # %% auto #0
-__all__ = ['models', 'model_names', 'model_named']
+__all__ = ['models', 'TABLE_1', 'SMALL', 'model_names', 'model_named', 'small']
 
 # %% ../../nbs/47_models.registry.ipynb #92a420f5
 models = dict(crossfusion=CrossFusion, crossfusion_grid=partial(CrossFusion, layout='grid'), crossfusion_concat=partial(CrossFusion, fusion='concat'),
-              crossfusion_single=partial(CrossFusion, mags=(20,), source=20),
-              amil=AMIL, amil_plain=partial(AMIL, gated=False), amil_all=partial(AMIL, mags=MAGS))
+              crossfusion_single=partial(CrossFusion, mags=(20,), source=20), amil=AMIL, amil_plain=partial(AMIL, gated=False), amil_all=partial(AMIL, mags=MAGS),
+              dsmil=DSMIL, transmil=TransMIL, scmil=SCMIL,
+              scmil_random=partial(SCMIL, embed_dim=512, n_heads=4, hidden=512, n_clusters=64, feature_weight=None, soft_filter=False, dropout=.1),
+              deepgraphsurv=DeepGraphSurv, deepgraphsurv_spatial=partial(DeepGraphSurv, edges='spatial'), patch_gcn=PatchGCN, protosurv=ProtoSurv, zoommil=ZoomMIL, mustmil=MuSTMIL, csmil=CSMIL, hipt=HIPT,
+              hipt_none=partial(HIPT, transformers=False))
+TABLE_1 = ['amil','dsmil','transmil','scmil','deepgraphsurv','patch_gcn','protosurv','zoommil','mustmil','csmil','hipt','crossfusion']
 
 def model_names() -> list: # of `str`
     "The models that `model_named` knows"
@@ -33,3 +43,14 @@ def model_named(
     options = [o for o in signature(models[name]).parameters if o != 'n_features']
     for o in kwargs: expect(o in options, f'model {name}', f'settings among {", ".join(options)}', repr(o))
     return models[name](n_features, **kwargs)
+
+# %% ../../nbs/47_models.registry.ipynb #2ad9e135
+SMALL = dict(dsmil=dict(hidden=32), scmil=dict(embed_dim=64, hidden=64), scmil_random=dict(embed_dim=64, hidden=64),
+             deepgraphsurv=dict(embed_dim=64), deepgraphsurv_spatial=dict(embed_dim=64), patch_gcn=dict(embed_dim=32), protosurv=dict(embed_dim=48, hidden=16, ffn_dim=48),
+             zoommil=dict(embed_dim=64, hidden=32), mustmil=dict(embed_dim=32, hidden=16), csmil=dict(embed_dim=32, hidden=16), hipt=dict(embed_dim=48, n_layers=2), hipt_none=dict(embed_dim=48))
+
+def small(
+    name:str, # one of `model_names()`
+) -> dict: # settings for `model_named`
+    "Settings that make a model small enough for a CPU"
+    return SMALL.get(name, dict(embed_dim=64))
