@@ -11,8 +11,8 @@ with shell_errors():
     from fastcore.script import call_parse
 
 # %% auto #0
-__all__ = ['command', 'demo', 'simulate', 'run_lines', 'extract', 'bags', 'folds', 'train', 'evaluate', 'predict', 'heatmap',
-           'report']
+__all__ = ['command', 'demo', 'simulate', 'run_lines', 'extract', 'bags', 'folds', 'train', 'benchmark', 'evaluate', 'predict',
+           'heatmap', 'report']
 
 # %% ../nbs/70_cli.ipynb #b3c5ebc2
 def command(f):
@@ -113,9 +113,9 @@ def extract(
 ):
     "Turn slides into bag files: tissue, one grid for 5x, 10x and 20x, features. Finished slides are skipped; several processes or machines may share a folder"
     from pathlib import Path
-    from crossfusion.wsi.extract import as_mpp, extract, log_text
+    from crossfusion.wsi.extract import extract, log_text
     options = {k: v for k,v in dict(weights=weights, input_px=input_px).items() if v}
-    log = extract([slides] if Path(slides).is_file() else slides, out, encoder, as_mpp(mpp), patch_px=patch_px, min_tissue=min_tissue, n_workers=n_workers or None,
+    log = extract([slides] if Path(slides).is_file() else slides, out, encoder, mpp, patch_px=patch_px, min_tissue=min_tissue, n_workers=n_workers or None,
                   batch_size=batch_size or None, ray=ray, shard=shard, masks=masks or None, ink=not keep_ink, **options)
     print(log_text(log))
     bad = log[log.status == 'failed']
@@ -173,7 +173,7 @@ def train(
     by_site:bool=False,  # folds keep each hospital's patients together, without --splits
     cuts:str='training', # edges of the time bins: from training patients, or published (from all slides, as the published program)
     repeats:int=1,       # times all folds are trained, each time with other weights and, without --splits, other folds
-    embed_dim:int=512,   # width of the model
+    embed_dim:int=0,     # width of the model; 0 for its own
     n_epoch:int=0,       # passes over the training patients; 0 for as many as the recipe says
     bs:int=1,            # bags in a batch; above 1 with --n_patches
     n_patches:int=0,     # 5x patches (coarsest scale) that training samples from each bag, with all in them; 0: all
@@ -197,8 +197,45 @@ def train(
     for n in given.notes if splits else (): print(f'{splits}: {n}', file=sys.stderr)
     changes = dict(bs=bs, n_patches=n_patches) | ({'n_epoch': n_epoch} if n_epoch else {})
     done = cross_validate(table, opened, out, model, given*repeats if splits else make_folds(table, n_folds, seed, by_site, repeats), protocol,
-                          recipe_named(recipe, **changes), seed=seed, n_workers=n_workers, ray=ray, gpu_share=gpu_share, cuts=cuts, cache=cache, embed_dim=embed_dim)
+                          recipe_named(recipe, **changes), seed=seed, n_workers=n_workers, ray=ray, gpu_share=gpu_share, cuts=cuts, cache=cache, **({'embed_dim': embed_dim} if embed_dim else {}))
     if done: print(run_lines(out))
+
+# %% ../nbs/70_cli.ipynb #85df95ff
+@command
+@delegates(_of_table)
+def benchmark(
+    cohort:str,          # clinical table
+    bags:str,            # folder of bag files, or another tool's features
+    out:str,             # folder; each model gets a run folder in it
+    models:str='table1', # names with commas between, as `crossfusion_train --model` takes them; table1: the twelve of the paper
+    reference:str='crossfusion', # the model that the others are compared with
+    small:bool=False,    # shrink every model to about 64 numbers a patch: for a CPU
+    protocol:str='nested', # who chooses the epoch: nested, fixed or published (optimistic)
+    recipe:str='default', # how to train: default or published
+    splits:str='',       # folder with splits_0.csv ...; default folds of our own
+    n_folds:int=5,       # folds, without --splits
+    by_site:bool=False,  # folds keep each hospital's patients together, without --splits
+    n_epoch:int=0,       # passes over the training patients; 0 for as many as the recipe says
+    seed:int=0,          # another seed, other weights and folds
+    n_workers:int=1,     # folds trained side by side
+    ray:str='',          # address of a Ray cluster that trains the folds
+    **kwargs,
+):
+    "Train several models on the same folds and compare them: table as CSV and Markdown, and a figure; run again to go on after a stop"
+    from pathlib import Path
+    from crossfusion.data.cohort import make_folds, read_splits
+    from crossfusion.models.registry import TABLE_1, small as shrunk
+    from crossfusion.training.benchmark import as_markdown, benchmark
+    from crossfusion.training.learner import recipe_named
+    from crossfusion.viz.comparison import write_comparison
+    table,opened = _table_and_bags(cohort, bags, kwargs)
+    names = TABLE_1 if models == 'table1' else models.split(',')
+    t = benchmark(table, opened, out, names, {m: shrunk(m) for m in names} if small else None, reference, protocol=protocol, seed=seed, n_workers=n_workers, ray=ray,
+                  recipe=recipe_named(recipe, **({'n_epoch': n_epoch} if n_epoch else {})), folds=read_splits(splits, table) if splits else make_folds(table, n_folds, seed, by_site))
+    write_comparison(t, Path(out)/'comparison.png')
+    print(as_markdown(t))
+    failed = t[t.problem != '']
+    if len(failed): raise CrossFusionError(f'{len(failed)} of {len(t)} models failed: {failed.model.iloc[0]}: {failed.problem.iloc[0]}')
 
 # %% ../nbs/70_cli.ipynb #be2a74f9
 @command
