@@ -176,3 +176,15 @@ def test_memory_does_not_grow(ours):
     first, open_files, maps = epoch(), len(me.open_files()), len(me.memory_maps(grouped=False))
     for _ in range(10): assert epoch() == first
     assert len(me.open_files()) <= open_files and len(me.memory_maps(grouped=False)) <= maps + 5
+
+
+def test_arrays_of_either_numpy(tmp_path):
+    "TRIDENT saves numpy arrays; numpy 1 and 2 call their maker by different names, and both are on the list"
+    import zipfile
+    from crossfusion.data.layouts import _load_pt
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float16)
+    torch.save(x, tmp_path/'a.pt')
+    for name in (b'numpy.core.multiarray', b'numpy._core.multiarray'):
+        with zipfile.ZipFile(tmp_path/'a.pt') as z, zipfile.ZipFile(tmp_path/'b.pt', 'w') as out:
+            for f in z.namelist(): out.writestr(f, z.read(f).replace(b'numpy._core.multiarray', name).replace(b'numpy.core.multiarray', name))
+        assert np.array_equal(_load_pt(tmp_path/'b.pt').numpy(), x)
