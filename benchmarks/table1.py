@@ -20,7 +20,7 @@ from crossfusion.training.learner import recipe_named
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ap.add_argument('cohort', choices=('20x', '5x', 'cross', 'blca'))
+    ap.add_argument('cohort', nargs='?', default='cross', choices=('20x', '5x', 'cross', 'blca'))
     ap.add_argument('--n', type=int, default=200, help='patients')
     ap.add_argument('--seed', type=int, default=2)
     ap.add_argument('--epochs', type=int, default=15, help='passes over the training patients')

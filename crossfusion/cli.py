@@ -272,16 +272,33 @@ def predict(
     write_text(out, table.to_csv(index=False, float_format='%.6g')) if out else print(table.to_string(index=False))
 
 @command
+@delegates(_of_bags)
 def heatmap(
-    run:str,    # a run folder
-    slide:str,  # the slide's file
-    bags:str,   # folder with its bag file
-    out:str='', # picture to write; default <slide>_attention.png
-    mpp:float=None, # um per level-0 px, where the file does not say
+    run:str,       # a run folder
+    slide:str,     # the slide's file
+    bags:str,      # folder with its bag file, or another tool's features
+    out:str='',    # picture to write; default figures/<slide>_attention.png in the run folder
+    stages:str='', # which maps, separated by commas, or all; default the four of the paper, or all of another model
+    scale:str='rank', # colours by rank, or proportional: clip
+    smooth:bool=False, # blend neighbouring patches
+    insets:int=4,  # strongest patches shown in their own pixels
+    export:str='', # folder for GeoJSON (QuPath), pyramidal overlays, a table of the top patches and contact sheets
+    occlusion:int=0, # also draw how the risk changes without regions of so many 5x patches' side
+    edge:bool=False, # also print how much of the attention lies at the edge of the tissue
+    **kwargs,
 ):
     "Draw what the models of a run look at, over the slide"
     from crossfusion.viz.heatmaps import write_heatmap
-    print(write_heatmap(run, slide, bags, out or None, mpp))
+    where = dict(slide=slide, bags=_table_and_bags(None, bags, kwargs)[1], mpp=kwargs.get('mpp'))
+    print(write_heatmap(run, out=out or None, stages=stages or None, scale=scale, smooth=smooth, insets=insets, **where))
+    if export:
+        from crossfusion.viz.export import write_exports
+        for path in write_exports(run, out=export, stages=stages or None, scale=scale, **where): print(path)
+    if occlusion or edge:
+        from pathlib import Path
+        from crossfusion.viz.checks import edge_of_run, write_occlusion
+        if occlusion: print(write_occlusion(run, cells=occlusion, **where))
+        if edge: print(edge_of_run(run, where['bags'], [Path(slide).stem]).to_string(index=False, float_format='%.3f'))
 
 @command
 def report(

@@ -188,3 +188,17 @@ def test_arrays_of_either_numpy(tmp_path):
         with zipfile.ZipFile(tmp_path/'a.pt') as z, zipfile.ZipFile(tmp_path/'b.pt', 'w') as out:
             for f in z.namelist(): out.writestr(f, z.read(f).replace(b'numpy._core.multiarray', name).replace(b'numpy.core.multiarray', name))
         assert np.array_equal(_load_pt(tmp_path/'b.pt').numpy(), x)
+
+
+def test_benchmark(shell, ours, tmp_path):
+    "Two models at the shell: table, Markdown and figure; stopped and run again, nothing is trained twice; a model that cannot be trained is told"
+    folder, *_ = ours
+    command = shell.command('crossfusion_benchmark', folder/'cohort.csv', folder, tmp_path, '--models', 'amil,dsmil', '--reference', 'amil', '--small', '--n_epoch', 2, '--n_folds', 2)
+    assert (r := shell.run(command)).returncode == 0, r.stderr
+    assert r.stdout.startswith('| model |') and len(r.stdout.strip().splitlines()) == 4
+    t, stamps = pd.read_csv(tmp_path/'comparison.csv'), {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*.safetensors')}
+    assert set(t.model) == {'amil', 'dsmil'} and t.p.notna().sum() == 1 and (t.seconds > 0).all() and len(stamps) == 4
+    assert (tmp_path/'comparison.md').read_text() == r.stdout.rstrip('\n') + '\n' and (tmp_path/'comparison.png').stat().st_size > 5000
+    assert shell.run(command).returncode == 0 and {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    r = shell.run(shell.command('crossfusion_benchmark', folder/'cohort.csv', folder, tmp_path, '--models', 'amil,resnet'))
+    assert r.returncode == 2 and "found 'resnet'" in said(r.stderr)
