@@ -29,7 +29,7 @@ setup(
     packages=find_packages(include=['crossfusion*']),
     python_requires='>=' + cfg['min_python'],
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={'cluster': cluster, 'gpus': gpus, 'dev': cfg['dev_requirements'].split() + cluster + gpus},
+    extras_require={'encoders': cfg['encoders_requirements'].split(), 'cluster': cluster, 'gpus': gpus, 'dev': cfg['dev_requirements'].split() + cluster + gpus},
     entry_points={'console_scripts': [s.strip() for s in cfg['console_scripts'].split('\n') if s.strip()],
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,

@@ -4,19 +4,24 @@
 
 # %% ../../nbs/12_wsi.extract.ipynb #a9484e50
 from __future__ import annotations
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-import os, numpy as np, pandas as pd, torch
+import os, time, h5py, numpy as np, pandas as pd, torch
+from fastcore.basics import patch
 from ..core import MAGS, CrossFusionError, RunFolder, atomic_path, error_line, expect, mag_to_mpp, progress
-from ..cluster import workers
-from ..bag import Bag, read_bag, write_bag
-from .slides import Grid, Slide, cell_patches, patch_grid, tissue_mask
+from ..cluster import connected, on_ray
+from ..bag import FORMAT, Bag, read_bag, write_bag
+from .slides import Slide, as_mpp, mpp_given
+from .tissue import dead_share, mask_path, read_mask, tissue_mask
+from .grid import Grid, cut_cell, empty_and_flat, grid_picture, patch_grid, read_cell
 from .encoders import check_encoder, encoder_named
+from .sharing import Claims, Pool, pool
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'CELLS_IN_PIECE', 'find_slides', 'plan_slide', 'pieces', 'one_thread', 'read_cells', 'encode', 'n_flat',
-           'make_bag', 'extract_slide', 'extract']
+__all__ = ['SUFFIXES', 'CELLS_IN_PIECE', 'find_slides', 'shard_of', 'Plan', 'plan_slide', 'pieces', 'one_thread', 'read_cells',
+           'encode', 'make_bag', 'extract_slide', 'extract', 'log_text']
 
 # %% ../../nbs/12_wsi.extract.ipynb #7c2e3d91
 SUFFIXES = ('.svs','.tif','.tiff','.ndpi','.mrxs','.scn','.bif','.svslide','.vms','.vmu') # what OpenSlide reads, one file a slide
@@ -34,21 +39,52 @@ def find_slides(
     for a,b in zip(paths, paths[1:]): expect(a.stem != b.stem, str(b), 'slides of different names', f'another {a.stem}: {a}', 'Rename one.')
     return paths
 
+def shard_of(
+    paths:list,   # all slides
+    shard:str='', # i/n, from 1/n to n/n: every n-th slide, the i-th first; '' for all
+) -> list:
+    "The slides of one job among n"
+    if not shard: return paths
+    i,_,n = shard.partition('/')
+    ok = i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)
+    expect(ok, 'shard', 'i/n with i from 1 to n, as 1/8 ... 8/8', shard)
+    return paths[int(i)-1::int(n)]
+
 # %% ../../nbs/12_wsi.extract.ipynb #a0de1e86
+@dataclass
+class Plan:
+    "What is going to be read of a slide"
+    grid:Grid      # its patches
+    mpp_source:str # where its scale comes from: given, OpenSlide, Aperio, TIFF tags
+    notes:list     # what is strange about it, but no reason to stop
+    seconds:float=0. # that it took
+
+def _write_picture(path, thumb, mask, grid):
+    from PIL import Image
+    with atomic_path(path) as part: Image.fromarray(grid_picture(thumb, mask, grid)).save(part, 'JPEG', quality=80)
+
 def plan_slide(
     path:str|Path,        # the slide
     mpp:float=None,       # um per level-0 px; None takes the file's own
     mags:tuple=MAGS,      # magnifications
     patch_px:int=256,     # side of a patch
     min_tissue:float=.25, # share of tissue that a cell of the coarsest scale needs
-) -> tuple: # (Grid, where mpp comes from: 'given' or 'file')
+    masks:str|Path=None,  # folder of masks named after the slides, as in `wsi.tissue`; None finds the tissue by its colour
+    ink:bool=True,        # leave out pen marks and black borders
+    picture:str|Path=None, # JPEG file to write: tissue and grid
+) -> Plan:
     "Open a slide, find its tissue, lay its grid; a slide without tissue is an error"
+    start = time.perf_counter()
     with Slide(path, mpp) as slide:
-        grid = patch_grid(slide, tissue_mask(slide.thumbnail()), mags, patch_px, min_tissue)
+        thumb = slide.thumbnail()
+        mask = read_mask(mask_path(masks, slide.name), slide) if masks else tissue_mask(thumb, ink=ink)
+        grid,dead = patch_grid(slide, mask, mags, patch_px, min_tissue), dead_share(thumb)
+        if picture: _write_picture(picture, thumb, mask, grid)
         size = f'{slide.width*slide.mpp:.0f} x {slide.height*slide.mpp:.0f} um'
         expect(len(grid), str(path), f'tissue on {min_tissue:.0%} or more of a cell of {patch_px*mag_to_mpp(min(mags)):g} um',
-               f'no such cell on a slide of {size}', 'Is it a slide of tissue? If so, lower min_tissue.')
-        return grid, slide.mpp_source
+               f'no such cell on a slide of {size}', 'Is it a slide of tissue? If so, lower min_tissue, or give a mask.')
+    notes = slide.notes + ([f'{dead:.1%} of the slide is one flat grey, as damaged tiles are'] if dead else [])
+    return Plan(grid, slide.mpp_source, notes, time.perf_counter() - start)
 
 # %% ../../nbs/12_wsi.extract.ipynb #6eeeb3f4
 CELLS_IN_PIECE = 16
@@ -68,30 +104,32 @@ def one_thread():
     finally: torch.set_num_threads(n)
 
 # %% ../../nbs/12_wsi.extract.ipynb #11a6b245
+@lru_cache(1)
+def _opened(path, mpp, changed): return Slide(path, mpp)
+
 def read_cells(
     path:str|Path, # the slide
     grid:Grid,     # its grid
     cells,         # numbers of the cells
-) -> np.ndarray: # (cells x patches in a cell, px, px, 3) uint8; in a cell coarse to fine, then line by line
+) -> tuple: # (patches, px, px, 3) uint8, in a cell coarse to fine, then line by line; numbers of white and of flat patches
     "All patches of some cells"
-    with Slide(path, grid.mpp) as slide: return np.concatenate([o for i in cells for o in cell_patches(slide, grid, i).values()])
+    at = os.stat(path)
+    slide = _opened(path, grid.mpp, (at.st_mtime_ns, at.st_size, at.st_ino))
+    images = [read_cell(slide, grid, i) for i in cells]
+    return np.concatenate([o for im in images for o in cut_cell(im, grid).values()]), np.sum([empty_and_flat(im, grid) for im in images], axis=0)
 
 def encode(
     images:np.ndarray, # (n, px, px, 3) uint8
     encoder,           # a callable as in `wsi.encoders`
     batch_size:int=16, # patches at once
 ) -> np.ndarray: # (n, d) float16
-    "Features of many patches, on one thread"
-    with one_thread(): feats = torch.cat([torch.as_tensor(encoder(images[i:i+batch_size])).cpu().half() for i in range(0, len(images), batch_size)])
+    "Features of many patches, on a CPU by one thread"
+    try:
+        with one_thread(): feats = torch.cat([torch.as_tensor(encoder(images[i:i+batch_size])).cpu().half() for i in range(0, len(images), batch_size)])
+    except torch.cuda.OutOfMemoryError:
+        expect(False, f'encoder {encoder.name}', f'memory for {batch_size} patches at once', 'too little', 'Lower batch_size (in the shell: --batch_size).')
     expect(torch.isfinite(feats).all(), f'encoder {encoder.name}', 'features that are numbers, within 65504', 'others')
     return feats.numpy()
-
-# %% ../../nbs/12_wsi.extract.ipynb #aa513025
-def n_flat(
-    images:np.ndarray, # (n, px, px, 3) uint8
-) -> int: # how many of them
-    "Number of patches that have one colour all over"
-    return int((images == images[:,:1,:1]).all((1,2,3)).sum())
 
 # %% ../../nbs/12_wsi.extract.ipynb #4155f9c9
 def make_bag(
@@ -117,19 +155,23 @@ def extract_slide(
     patch_px:int=256,     # side of a patch
     min_tissue:float=.25, # share of tissue that a cell of the coarsest scale needs
     batch_size:int=16,    # patches at once
-    **kwargs,             # for `encoder_named`: input_px
+    masks:str|Path=None,  # folder of masks named after the slides; None finds the tissue by its colour
+    ink:bool=True,        # leave out pen marks and black borders
+    **kwargs,             # for `encoder_named`: weights, input_px
 ) -> Bag:
     "Extract one slide and write its bag file"
     encoder = encoder if callable(encoder) else encoder_named(encoder, **kwargs)
-    grid,_ = plan_slide(path, mpp, mags, patch_px, min_tissue)
-    feats = [encode(read_cells(path, grid, o), encoder, batch_size) for o in progress(pieces(grid), Path(path).stem, unit='piece')]
+    grid = plan_slide(path, mpp, mags, patch_px, min_tissue, masks, ink).grid
+    feats = [encode(read_cells(path, grid, o)[0], encoder, batch_size) for o in progress(pieces(grid), Path(path).stem, unit='piece')]
     bag = make_bag(Path(path).stem, grid, np.concatenate(feats), encoder.name)
     write_bag(Path(out)/f'{bag.slide}.h5', bag)
     return bag
 
 # %% ../../nbs/12_wsi.extract.ipynb #f45bb5a8
 @lru_cache(1)
-def _loaded(name, options): return encoder_named(name, **dict(options))
+def _loaded(name, options):
+    encoder = encoder_named(name, **dict(options))
+    return encoder.to('cuda') if torch.cuda.is_available() and hasattr(encoder, 'to') else encoder
 
 def _encoder(spec):
     "The encoder of a specification: itself, or (name, options)"
@@ -141,86 +183,180 @@ def _or_reason(path, f, *args):
     except ImportError: raise # not the slide's fault
     except Exception as e: return error_line(e)[0] or ' '.join(f'{path}: {type(e).__name__}: {e}'.split())
 
-def _piece(path, grid, cells, spec, batch_size):
-    "Features of one piece and its number of flat patches, or a reason"
-    images = _or_reason(path, read_cells, grid, cells)
-    return images if isinstance(images, str) else (encode(images, _encoder(spec), batch_size), n_flat(images))
+def _lost(path, *args):
+    return f'{path}: expected patches, found that the process which read them was killed, twice. Too little memory, or a file that crashes its decoder?'
+
+# %% ../../nbs/12_wsi.extract.ipynb #14bccb80
+def _read(path, grid, cells):
+    "Patches of one piece, its counts and the seconds that it took; or a reason"
+    start = time.perf_counter()
+    got = _or_reason(path, read_cells, grid, cells)
+    return got if isinstance(got, str) else (*got, time.perf_counter() - start)
+
+def _finish(got, encoder, batch_size):
+    "Features in the place of patches"
+    if isinstance(got, str): return got
+    start,(images,counts,seconds) = time.perf_counter(), got
+    return encode(images, encoder, batch_size), counts, seconds + time.perf_counter() - start
+
+def _read_and_encode(path, grid, cells, spec, batch_size): return _finish(_read(path, grid, cells), _encoder(spec), batch_size)
 
 # %% ../../nbs/12_wsi.extract.ipynb #79ef54b8
 def _finished(path, encoder_name, mags, patch_px, mpp):
-    "The bag of an earlier run, or None if it is to be made"
-    try: bag = read_bag(path)
-    except CrossFusionError: return None
-    for what,wanted,found in (('encoder', encoder_name, bag.encoder), ('patch_px', patch_px, bag.patch_px), ('mags', tuple(sorted(mags)), bag.mags)):
-        expect(found == wanted, str(path), f'a bag with {what} {wanted}', found, 'Give another folder, or remove this file.')
-    return bag if mpp in (None, bag.mpp) else None
+    "The rows by magnification and the scale of the bag of an earlier run, or None if it is to be made"
+    try:
+        with h5py.File(path) as h:
+            a,n = dict(h.attrs), {int(k[1:]): len(h[k]['coords']) for k in h}
+            found = dict(encoder=a['encoder'], patch_px=int(a['patch_px']), mags=tuple(sorted(n)))
+    except (OSError, KeyError): return None
+    for what,wanted in (('encoder', encoder_name), ('patch_px', patch_px), ('mags', tuple(sorted(mags)))):
+        expect(found[what] == wanted, str(path), f'a bag with {what} {wanted}', found[what], 'Give another folder, or remove this file.')
+    return ({f'n{m}': k for m,k in n.items()} | dict(mpp=float(a['mpp_level0']))) if mpp in (None, float(a['mpp_level0'])) else None
 
 # %% ../../nbs/12_wsi.extract.ipynb #3cecb8df
-def _row(path, found=None, **kwargs):
-    "One row of the log; `found` is a grid or a bag"
-    return dict(slide=path.stem) | ({f'n{m}': len(c) for m,c in found.coords.items()} | dict(mpp=found.mpp) if found else {}) | kwargs
+@dataclass
+class _Run:
+    "One call of `extract`: `log` has a row for each slide"
+    out:Path; spec:object; name:str; batch_size:int; pool:Pool; ray:str
+    claims:Claims; log:dict; finished:callable; table:bool
 
-def _plan_all(args, log, parallel):
-    "Grids of the slides that have one; why the others have none goes to the log"
-    plans = {}
-    with parallel(_or_reason, ((p, plan_slide, *a) for p,a in args.items())) as results:
-        for r,p in zip(progress(results, 'finding tissue', total=len(args), unit='slide', disable=not args), args):
-            if isinstance(r, str): log[p] = _row(p, status='failed', reason=r)
-            else: plans[p],log[p] = r[0], _row(p, r[0], mpp_source=r[1], status='waiting')
-    return plans
+    def bag(self, path): return self.out/f'{path.stem}.h5'
+
+    @contextmanager
+    def _stream(self, f, jobs):
+        "(job, f(*job)) in order: by the workers of this machine, or of a cluster, which is given all jobs at once"
+        if not self.ray: yield self.pool.ahead(f, jobs, _lost)
+        else:
+            jobs = list(jobs)
+            with on_ray(f, jobs, self.ray, ordered=True) as results: yield zip(jobs, results)
+
+    def plan_all(self, options):
+        "Plans of the slides that are not done; why some have none goes to the log"
+        plans,todo = {}, [p for p,row in self.log.items() if row['status'] == 'waiting']
+        with self._stream(_or_reason, ((p, plan_slide, *options(p)) for p in todo)) as results:
+            for (p,*_),r in progress(results, 'finding tissue', total=len(todo), unit='slide', disable=not todo):
+                if isinstance(r, str): self.log[p].update(status='failed', reason=r)
+                else:
+                    plans[p] = r
+                    source = 'table' if self.table and r.mpp_source == 'given' else r.mpp_source
+                    self.log[p] |= {f'n{m}': len(c) for m,c in r.grid.coords.items()} | dict(mpp=r.grid.mpp, mpp_source=source, note='; '.join(r.notes))
+        return plans
 
 # %% ../../nbs/12_wsi.extract.ipynb #d764a590
-def _encode_all(plans, log, parallel, spec, batch_size, out):
-    "Encode piece by piece and write each slide's bag when it is complete"
-    work = [(p, g, o, spec, batch_size) for p,g in plans.items() for o in pieces(g)]
-    total = sum(len(c) for g in plans.values() for c in g.coords.values())
-    with parallel(_piece, work) as results, progress(None, 'encoding', total=total, unit='patch', disable=not work) as bar:
-        for k,(p,g) in enumerate(plans.items()):
-            got = []
-            for o in pieces(g):
-                got.append(next(results)); bar.update(len(o)*sum(g.per_cell.values()))
-            reason = next((o for o in got if isinstance(o, str)), None)
-            if reason: log[p].update(status='failed', reason=reason)
-            else:
-                write_bag(out/f'{p.stem}.h5', make_bag(p.stem, g, np.concatenate([f for f,_ in got]), _encoder(spec).name))
-                log[p].update(status='done', n_flat=sum(n for _,n in got))
-            bar.set_postfix_str(f'{k+1} of {len(plans)} slides')
+@patch
+def _claim(self:_Run, path):
+    "Whether a slide is ours to do; if it is done by now, the log says so"
+    mine = self.claims.take(self.bag(path))
+    done = mine and self.finished(path)
+    if done:
+        self.claims.release(self.bag(path))
+        self.log[path] |= done | dict(status='skipped')
+    return mine and not done
+
+@patch
+@contextmanager
+def _features(self:_Run, jobs):
+    "((path, grid, cells), features and counts or a reason), in order"
+    if self.ray or isinstance(self.spec, tuple) and not torch.cuda.is_available(): # each worker has an encoder
+        with self._stream(partial(_read_and_encode, spec=self.spec, batch_size=self.batch_size), jobs) as results: yield results
+    else:                                                                          # the encoder is here
+        with self._stream(_read, jobs) as results: yield ((j, _finish(r, _encoder(self.spec), self.batch_size)) for j,r in results)
 
 # %% ../../nbs/12_wsi.extract.ipynb #43a9644a
-def _write_log(path, log, mags):
-    "The log as a table, and on disk"
-    counts = [*(f'n{m}' for m in sorted(mags)), 'n_flat']
-    table = pd.DataFrame(list(log.values()), columns=['slide', *counts, 'mpp', 'mpp_source', 'status', 'reason'])
-    table[counts] = table[counts].astype('Int64')
-    with atomic_path(path) as part: table.to_csv(part, index=False)
-    return table
+@patch
+def _write(self:_Run, path, plan, got):
+    "A slide whose pieces have all come: its bag, or why there is none"
+    reason,row = next((o for o in got if isinstance(o, str)), None), self.log[path]
+    row['seconds'] = plan.seconds + sum(o[2] for o in got if not isinstance(o, str))
+    if reason: row.update(status='failed', reason=reason)
+    else:
+        white,flat = np.sum([o[1] for o in got], axis=0)
+        dead = f'{flat} of the finest patches are of one colour that is not glass, as damaged tiles are' if flat else ''
+        row['note'] = '; '.join(filter(None, [row['note'], dead]))
+        write_bag(self.bag(path), make_bag(path.stem, plan.grid, np.concatenate([o[0] for o in got]), self.name))
+        row.update(status='done', n_white=white, n_flat=flat)
+    self.claims.release(self.bag(path))
+
+@patch
+def encode_all(self:_Run, plans):
+    "Encode piece by piece and write each slide's bag when it is complete"
+    n_patches = {p: sum(map(len, o.grid.coords.values())) for p,o in plans.items()}
+    def jobs(todo):
+        for p in todo:
+            if self._claim(p): yield from ((p, plans[p].grid, o) for o in pieces(plans[p].grid))
+            elif self.log[p]['status'] == 'skipped': bar.total -= n_patches[p]
+    with progress(None, 'encoding', total=sum(n_patches.values()), unit='patch', disable=not plans) as bar:
+        todo,got = list(plans), {}
+        while todo:
+            with self._features(jobs(todo)) as results:
+                for (p,grid,cells),r in results:
+                    got.setdefault(p, []).append(r); bar.update(len(cells)*sum(grid.per_cell.values()))
+                    if len(got[p]) == len(pieces(grid)): self._write(p, plans[p], got.pop(p))
+                    bar.set_postfix_str(f"{sum(self.log[o]['status'] != 'waiting' for o in plans)} of {len(plans)} slides")
+            if todo := [p for p in todo if self.log[p]['status'] == 'waiting']: bar.set_postfix_str(f'waiting for another process, {len(todo)} slides'); time.sleep(1)
 
 # %% ../../nbs/12_wsi.extract.ipynb #48541cb5
+def _write_log(path, log, mags, everyone, claims):
+    "The rows of this call as a table, and those of all slides on disk"
+    counts = [*(f'n{m}' for m in sorted(mags)), 'n_white', 'n_flat']
+    columns = ['slide', *counts, 'mpp', 'mpp_source', 'seconds', 'status', 'reason', 'note']
+    rows = {p.stem: {k: v for k,v in row.items() if not pd.isna(v) and v != ''} for p,row in log.items()}
+    for _ in range(100):
+        if claims.take(path): break
+        time.sleep(.1)
+    try: before = {r.slide: r.dropna().to_dict() for _,r in pd.read_csv(path, dtype={'slide': str}).iterrows()}
+    except (OSError, ValueError, AttributeError): before = {}
+    for s,row in rows.items():
+        if row['status'] == 'waiting' and before.get(s, {}).get('status') in ('done','skipped'): rows[s] = before[s]
+        elif row['status'] == 'skipped': rows[s] = {k: v for k,v in before.get(s, {}).items() if k not in ('reason','status')} | row
+    def frame(names, rows): return pd.DataFrame([rows[s] for s in names if s in rows], columns=columns).astype({k: 'Int64' for k in counts}).round({'seconds': 2})
+    with atomic_path(path) as part: frame(everyone, before | rows).to_csv(part, index=False)
+    claims.release(path)
+    return frame(rows, rows)
+
+# %% ../../nbs/12_wsi.extract.ipynb #9b777e1d
 def extract(
     slides,               # a folder, or a list of paths
-    out:str|Path,         # folder for bag files, log and settings
-    encoder='efficientnet_lite0', # a name, or a callable as in `wsi.encoders`
-    mpp=None,             # um per level-0 px: a number for all, a dict by slide name, None for the files' own
+    out:str|Path,         # folder for bag files, pictures, log and settings
+    encoder='efficientnet_lite0', # a name as in `encoder_named`, or a callable as in `wsi.encoders`
+    mpp=None,             # um per level-0 px: a number for all, a dict by slide name or a CSV table of slide,mpp, None for the files' own
     mags:tuple=MAGS,      # magnifications
     patch_px:int=256,     # side of a patch
     min_tissue:float=.25, # share of tissue that a cell of the coarsest scale needs
     n_workers:int=None,   # processes; None for one per core, or one for an encoder of your own
-    batch_size:int=16,    # patches at once
+    batch_size:int=None,  # patches at once; None for 16, or 112 on a GPU
     ray:str='',           # address of a Ray cluster to do it instead, as in `cluster.connected`: local, auto, host:port
-    **kwargs,             # for `encoder_named`: input_px
+    shard:str='',         # i/n: only every n-th slide, the i-th first; '' for all
+    masks:str|Path=None,  # folder of masks named after the slides, pictures or GeoJSON; None finds the tissue by its colour
+    ink:bool=True,        # leave out pen marks and black borders
+    pictures:bool=True,   # write out/pictures/<slide>.jpg: tissue and grid
+    **kwargs,             # for `encoder_named`: weights, input_px
 ) -> pd.DataFrame: # the log
     "Extract slides to bag files; finished ones are skipped, bad ones are reported"
-    out,paths = Path(out), find_slides(slides)
+    out,everyone = Path(out), find_slides(slides)
+    paths,mpp = shard_of(everyone, shard), as_mpp(str(mpp)) if isinstance(mpp, (str,Path)) else mpp
     spec = encoder if callable(encoder) else (encoder, tuple(sorted(kwargs.items())))
     name = check_encoder(_encoder(spec), patch_px).name
-    RunFolder(out).start(dict(encoder=name, mags=sorted(mags), patch_px=patch_px, min_tissue=min_tissue))
+    RunFolder(out).start(dict(encoder=name, mags=sorted(mags), patch_px=patch_px, min_tissue=min_tissue)
+                         | (dict(masks=str(masks)) if masks else {}) | ({} if ink else dict(ink=False)))
     n_workers = n_workers or (1 if callable(encoder) else os.cpu_count())
-    mpp_of = lambda p: mpp.get(p.stem) if isinstance(mpp, dict) else mpp
-    bags = {p: _finished(out/f'{p.stem}.h5', name, mags, patch_px, mpp_of(p)) for p in paths}
-    log = {p: _row(p, b, status='skipped') if b else _row(p, status='waiting') for p,b in bags.items()}
-    try:
-        with workers(n_workers, '' if all(bags.values()) else ray) as parallel:
-            plans = _plan_all({p: (mpp_of(p), mags, patch_px, min_tissue) for p,b in bags.items() if not b}, log, parallel)
-            _encode_all(plans, log, parallel, spec, batch_size, out)
-    finally: table = _write_log(out/'extract.csv', log, mags)
+    finished = lambda p: _finished(out/f'{p.stem}.h5', name, mags, patch_px, mpp_given(p, mpp))
+    log = {p: dict(slide=p.stem, status='waiting') | (o | dict(status='skipped') if (o := finished(p)) else {}) for p in paths}
+    ray = ray if any(r['status'] == 'waiting' for r in log.values()) else ''
+    with Claims() as claims, pool(n_workers) as p, connected(ray) if ray else nullcontext():
+        run = _Run(out, spec, name, batch_size or (112 if torch.cuda.is_available() else 16), p, ray, claims, log, finished, isinstance(mpp, dict))
+        picture = lambda p: out/f'pictures/{p.stem}.jpg' if pictures else None
+        try: run.encode_all(run.plan_all(lambda p: (mpp_given(p, mpp), mags, patch_px, min_tissue, masks, ink, picture(p))))
+        finally: table = _write_log(out/'extract.csv', log, mags, [p.stem for p in everyone], claims)
     return table
+
+# %% ../../nbs/12_wsi.extract.ipynb #df8e289d
+def log_text(
+    log:pd.DataFrame, # of `extract`
+) -> str:
+    "The log for the terminal: a table, and below it what was strange or wrong, a line each"
+    table = log.drop(columns=['reason','note']).astype(object)
+    table = table.where(table.notna(), '')
+    lines = [f'{r.slide}: {text}' for r in log.itertuples() for text in (r.reason, r.note) if isinstance(text, str) and text]
+    counts = ', '.join(f'{n} {s}' for s,n in log.status.value_counts().items())
+    return '\n'.join([table.to_string(index=False), *([''] + lines if lines else []), '', counts])
