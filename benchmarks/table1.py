@@ -41,7 +41,7 @@ def main():
                   recipe=recipe_named('default', n_epoch=args.epochs), seed=args.seed, n_workers=args.workers)
     print(as_markdown(t))
     write_json(args.out or f'{work}/table1.json', dict(cohort=args.cohort, patients=int(table.patient.nunique()), deaths=int(table.drop_duplicates('patient').event.sum()),
-               seed=args.seed, epochs=args.epochs, versions=versions(('crossfusion', 'torch', 'fastai')), results=t.where(t.notna(), None).to_dict('records')))
+               seed=args.seed, epochs=args.epochs, versions=versions(('crossfusion', 'torch', 'fastai')), results=t.astype(object).where(t.notna(), None).to_dict('records')))
 
 
 if __name__ == '__main__': main()

@@ -4,21 +4,25 @@
 
 # %% ../../nbs/61_viz.heatmaps.ipynb #81dba502
 from __future__ import annotations
+import re
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 import matplotlib.pyplot as plt
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
-from scipy.stats import rankdata
 from ..bag import Bag
-from ..core import RunFolder, atomic_path, expect
+from ..core import RunFolder, atomic_path, expect, mag_to_mpp
+from .painting import CMAPS, blend, draw_scale_bar, in_units, range_text, rasterise, scale_scores
 from ..wsi.slides import Slide
 
 # %% auto #0
-__all__ = ['check_fits', 'check_scores', 'ranges', 'rasterise', 'in_units', 'range_text', 'scale_scores', 'round_length',
-           'draw_scale_bar', 'plot_slide', 'plot_heatmap', 'list_maps', 'panel_grid', 'heatmap_figure', 'write_heatmap']
+__all__ = ['check_fits', 'check_scores', 'plot_slide', 'plot_heatmap', 'paper_stages', 'stage_title', 'list_maps', 'strongest',
+           'read_patch', 'plot_patch', 'panel_grid', 'map_caption', 'heatmap_figure', 'slide_and_bag', 'save_figure',
+           'write_heatmap']
 
 # %% ../../nbs/61_viz.heatmaps.ipynb #062675f1
 def check_fits(
@@ -26,8 +30,10 @@ def check_fits(
     bag:Bag,  # the bag made of it
 ):
     "Raise unless the bag is of this slide"
+    where = f'heatmap of {slide.name}'
     for what,a,b in (('name', slide.name, bag.slide), ('width', slide.width, bag.width), ('height', slide.height, bag.height)):
-        expect(a == b, f'heatmap of {slide.name}', f'a bag of this slide, {what} {a}', f'{what} {b}', 'Give the slide that the bag was extracted from.')
+        expect(a == b, where, f'a bag of this slide, {what} {a}', f'{what} {b}', 'Give the slide that the bag was extracted from.')
+    expect(bag.placed, where, 'a bag that knows where its patches lie', 'one without coordinates', 'Extract the slide again.')
 
 # %% ../../nbs/61_viz.heatmaps.ipynb #521c4a88
 def check_scores(
@@ -37,86 +43,10 @@ def check_scores(
 ) -> np.ndarray: # (n,) float64
     "Scores as an array that fits the bag"
     expect(mag in bag.mags, f'heatmap of {bag.slide}', f'a magnification of {", ".join(map(str, bag.mags))}', mag)
-    scores = np.asarray(scores, dtype=float)
-    expect(scores.shape == (len(bag.coords[mag]),), f'{bag.slide} {mag}x', f'{len(bag.coords[mag])} scores, one per patch', f'shape {scores.shape}')
-    expect(np.isfinite(scores).all() and len(scores), f'{bag.slide} {mag}x', 'finite scores', f'{(~np.isfinite(scores)).sum()} that are not' if len(scores) else 'none')
+    scores,n,where = np.asarray(scores, dtype=float), len(bag.coords[mag]), f'{bag.slide} {mag}x'
+    expect(scores.shape == (n,), where, f'{n} scores, one per patch', f'shape {scores.shape}')
+    expect(np.isfinite(scores).all() and n, where, 'finite scores', f'{(~np.isfinite(scores)).sum()} that are not' if n else 'none')
     return scores
-
-# %% ../../nbs/61_viz.heatmaps.ipynb #001001af
-def ranges(
-    start, # (n,) first number of each range
-    count, # (n,) how many numbers it has
-) -> tuple: # owner (m,) and number (m,), m = sum of counts
-    "All numbers of many ranges, and whose they are"
-    owner = np.repeat(np.arange(len(count)), count)
-    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(start, count)
-
-# %% ../../nbs/61_viz.heatmaps.ipynb #f32a7249
-def rasterise(
-    coords,      # (n, 2) top-left corners, level-0 px
-    side:float,  # side of a patch, level-0 px
-    values,      # (n,) what to paint
-    size:tuple,  # (width, height) of the slide, level-0 px
-    shape:tuple, # (h, w) of the picture
-) -> np.ndarray: # (h, w) float, nan where no patch lies
-    "Paint patches as squares into a picture of the slide"
-    order = np.argsort(values, kind='stable')       # the strongest last
-    coords,values = np.asarray(coords)[order], np.asarray(values, float)[order]
-    scale,limit = np.array(shape[::-1])/size, np.array(shape[::-1])
-    first = np.round(coords*scale).astype(int)
-    last = np.maximum(np.round((coords + np.ceil(side))*scale).astype(int), first + 1).clip(0, limit)
-    first = first.clip(0, limit)
-    n = last - first                                # nothing where a patch lies outside
-    patch,y = ranges(first[:,1], n[:,1])
-    row,x = ranges(first[patch,0], n[patch,0])
-    out = np.full(shape, np.nan)
-    out[y[row],x] = values[patch[row]]
-    return out
-
-# %% ../../nbs/61_viz.heatmaps.ipynb #7b84c6f6
-def in_units(scores, # (n,) one number per patch
-) -> tuple: # (n,) and the name of the unit
-    "Shares of attention as multiples of the average patch; other scores as they are"
-    if np.isclose(np.sum(scores), 1, atol=1e-3) and np.min(scores) >= 0: return np.asarray(scores)*len(scores), 'times the average patch'
-    return np.asarray(scores), 'score'
-
-def range_text(
-    scores, # (n,) one number per patch
-) -> str:
-    "The lowest and highest score, with their unit"
-    x,unit = in_units(scores)
-    return ' to '.join(f'{o:.0f}' if abs(o) >= 100 else f'{o:.2g}' for o in (np.min(x), np.max(x))) + f' {unit}'
-
-# %% ../../nbs/61_viz.heatmaps.ipynb #fc90833f
-def scale_scores(
-    scores,           # (n,) one number per patch
-    scale:str='rank', # 'rank': by order; 'clip': proportional between the 1st and 99th percentile
-) -> tuple: # (n,) in 0..1; limits of the colour bar; its label
-    "Scores as positions on the colour bar"
-    expect(scale in ('rank','clip'), 'scale', 'rank or clip', scale)
-    x = np.asarray(scores, float)
-    if scale == 'rank': return (rankdata(x) - 1)/(len(x) - 1) if len(x) > 1 else np.full(1, .5), (0,100), 'percentile of the patches'
-    x,unit = in_units(x)
-    lo,hi = np.percentile(x, (1,99))
-    return ((x-lo)/(hi-lo)).clip(0,1) if hi > lo else np.full(len(x), .5), (lo,hi), f'{unit}; colours end at the 1st and 99th percentile'
-
-# %% ../../nbs/61_viz.heatmaps.ipynb #959b2524
-def round_length(
-    um:float, # upper limit, um
-) -> tuple: # length in um, and as text
-    "The longest round length up to a limit"
-    n = max((k*10.**e for e in range(-1,6) for k in (1,2,5) if k*10.**e <= um), default=um)
-    return n, f'{n/1000:g} mm' if n >= 1000 else f'{n:g} um'
-
-def draw_scale_bar(
-    ax,    # axes in level-0 px
-    slide, # an open `Slide`
-):
-    "A bar of a round length in the lower left corner"
-    n,text = round_length(slide.width*slide.mpp/4)
-    x,y,px = .03*slide.width, .96*slide.height, n/slide.mpp
-    ax.plot([x,x+px], [y,y], color='black', lw=2.5, solid_capstyle='butt', path_effects=[withStroke(linewidth=4.5, foreground='white')])
-    ax.text(x + px/2, y - .015*slide.height, text, ha='center', va='bottom', fontsize=8, path_effects=[withStroke(linewidth=2.5, foreground='white')])
 
 # %% ../../nbs/61_viz.heatmaps.ipynb #0bdf8a6a
 def plot_slide(
@@ -124,10 +54,11 @@ def plot_slide(
     ax=None,         # axes to draw on; None for a new figure
     max_px:int=1024, # longest side of the thumbnail
     grey:bool=False, # pale grey, to lie under a map
-):
+    thumb=None,      # the thumbnail, if it is at hand
+): # the axes
     "The slide's thumbnail with a scale bar"
     if ax is None: ax = plt.subplots(figsize=(5, 5*slide.height/slide.width + .3), layout='constrained')[1]
-    thumb = slide.thumbnail(max_px)
+    thumb = slide.thumbnail(max_px) if thumb is None else thumb
     if grey: thumb = np.repeat(128 + thumb.mean(-1, keepdims=True)/2, 3, -1).astype(np.uint8)
     ax.imshow(thumb, extent=(0,slide.width,slide.height,0))
     draw_scale_bar(ax, slide)
@@ -135,9 +66,9 @@ def plot_slide(
     return ax
 
 # %% ../../nbs/61_viz.heatmaps.ipynb #33a2a1f4
-def _color_bar(fig, axs, limits, label, **kwargs):
+def _color_bar(fig, axs, scale, limits, label, **kwargs):
     "The colour bar of a map"
-    bar = fig.colorbar(ScalarMappable(Normalize(*limits), 'magma'), ax=axs, **kwargs)
+    bar = fig.colorbar(ScalarMappable(Normalize(*limits), CMAPS[scale]), ax=axs, **kwargs)
     bar.set_label(label, fontsize=8); bar.ax.tick_params(labelsize=8); bar.outline.set_visible(False)
     return bar
 
@@ -148,36 +79,100 @@ def plot_heatmap(
     scores,             # (n,) importance of each patch
     mag:int,            # magnification of those patches
     ax=None,            # axes to draw on; None for a new figure
-    scale:str='rank',   # 'rank' or 'clip', see `scale_scores`
+    scale:str='rank',   # 'rank', 'clip' or 'signed', see `scale_scores`
+    smooth:bool=False,  # blend neighbours instead of showing squares
     opacity:float=.8,   # of the map, 0..1
     max_px:int=1024,    # longest side of the picture
     color_bar:bool=True, # draw one
-):
+    thumb=None,         # the slide's thumbnail, if it is at hand
+    label:str='',       # of the colour bar; default the unit and where the colours end
+): # the axes
     "Importance of each patch, as squares over the slide"
     check_fits(slide, bag)
     scores = check_scores(bag, scores, mag)
-    ax = plot_slide(slide, ax, max_px, grey=True)
-    values,limits,label = scale_scores(scores, scale)
-    size = slide.width, slide.height
+    ax,size,side = plot_slide(slide, ax, max_px, grey=True, thumb=thumb), (slide.width, slide.height), bag.patch_px_level0(mag)
+    values,limits,unit = scale_scores(scores, scale)
     shape = tuple(max(1, round(o*max_px/max(size))) for o in size[::-1])
-    picture = plt.get_cmap('magma')(rasterise(bag.coords[mag], bag.patch_px_level0(mag), values, size, shape))
+    painted = rasterise(bag.coords[mag], side, values, size, shape)
+    if smooth: painted = blend(painted, side*max_px/max(size)/2)
+    picture = plt.get_cmap(CMAPS[scale])(painted)
     picture[...,3] *= opacity   # pixels without a patch are transparent already
     ax.imshow(picture, extent=(0,slide.width,slide.height,0))
     ax.set_title(f'{mag}x: {range_text(scores)}', fontsize=9)
-    if color_bar: _color_bar(ax.figure, ax, limits, label, shrink=.85)
+    if color_bar: _color_bar(ax.figure, ax, scale, limits, label or unit, shrink=.85)
     return ax
 
 # %% ../../nbs/61_viz.heatmaps.ipynb #bd8b435d
+def paper_stages(
+    attention:dict, # {stage: {mag: (n,)}}
+) -> list: # names of stages
+    "CrossFusion's cross-attentions from coarse to fine, its source's transformer and the final one; all stages of another model"
+    cross = sorted((s for s in attention if s.startswith('cross_')), key=lambda s: min(attention[s]))
+    if not cross or 'final' not in attention: return list(attention)
+    return cross + [s for s in (f'pad_{min(attention["final"])}x', 'final') if s in attention]
+
+def stage_title(
+    stage:str, # as the model names it
+) -> str:
+    "What a stage of CrossFusion is in the paper; other names as they are"
+    kinds = {r'cross_(\d+x)': r'cross-attention to \1', r'pad_(\d+x)': r'Pad-Transformer \1', 'final': 'final Pad-Transformer'}
+    return next((re.sub(k, v, stage) for k,v in kinds.items() if re.fullmatch(k, stage)), stage)
+
+# %% ../../nbs/61_viz.heatmaps.ipynb #f875d3c9
 def list_maps(
     attention:dict,   # {stage: {mag: (n,)}}
-    stages=None,      # names of the stages to show, in order; None for all
+    stages=None,      # names of the stages to show, in order; None for those of the paper, 'all' for all
 ) -> list: # of (stage, mag, scores)
     "The maps to draw, stage by stage"
-    stages = list(attention) if stages is None else [stages] if isinstance(stages, str) else list(stages)
+    if stages is None or stages == 'all': stages = paper_stages(attention) if stages is None else list(attention)
+    if isinstance(stages, str): stages = stages.split(',')
     for s in stages: expect(s in attention, 'heatmap', f'a stage of this model: {", ".join(attention)}', s)
     maps = [(s, m, attention[s][m]) for s in stages for m in sorted(attention[s])]
     expect(len(maps), 'heatmap', 'at least one map', 'none')
     return maps
+
+# %% ../../nbs/61_viz.heatmaps.ipynb #88252e15
+def strongest(
+    bag:Bag,       # the bag
+    scores,        # (n,) one number per patch
+    mag:int,       # magnification of those patches
+    n:int=4,       # how many
+    apart:float=2, # least distance, in patches, along x or y
+) -> np.ndarray: # (n,) rows, the strongest first; fewer where the tissue is small
+    "The strongest patches that are not neighbours"
+    free,rows,c = np.array(check_scores(bag, scores, mag)), [], bag.coords[mag]
+    while len(rows) < n and (free > -np.inf).any():
+        rows.append(int(free.argmax()))
+        free[np.abs(c - c[rows[-1]]).max(1) <= apart*bag.patch_px_level0(mag)*1.01] = -np.inf
+    return np.array(rows, int)
+
+# %% ../../nbs/61_viz.heatmaps.ipynb #d2937f67
+def read_patch(
+    slide,    # an open `Slide`
+    bag:Bag,  # its bag
+    mag:int,  # magnification
+    row:int,  # number of the patch
+) -> np.ndarray: # (px, px, 3) uint8
+    "The pixels of a patch at its magnification"
+    return slide.read(*bag.coords[mag][row], mag, max(1, round(bag.patch_px_level0(mag)*slide.mpp/mag_to_mpp(mag))))
+
+def plot_patch(
+    slide,     # an open `Slide`
+    bag:Bag,   # its bag
+    scores,    # (n,) one number per patch
+    mag:int,   # magnification of those patches
+    row:int,   # which
+    ax=None,   # axes to draw on; None for a new figure
+    name:str='', # before its score
+): # the axes
+    "A patch in its own pixels, with its score and a scale bar"
+    ax,image = ax or plt.subplots(figsize=(1.6,1.8), layout='constrained')[1], read_patch(slide, bag, mag, row)
+    ax.imshow(image)
+    draw_scale_bar(ax, width=len(image), height=len(image), mpp=mag_to_mpp(mag), share=.4)
+    score,unit = (o if isinstance(o, str) else o[row] for o in in_units(scores))
+    ax.set_title(f'{name}{mag}x, {score:.3g}{" times" if unit.startswith("times") else ""}', fontsize=8)
+    ax.set(xticks=[], yticks=[])
+    return ax
 
 # %% ../../nbs/61_viz.heatmaps.ipynb #98b6a905
 def panel_grid(
@@ -191,45 +186,99 @@ def panel_grid(
     return rows, cols, (width, rows*(width/cols*aspect + .35) + .65)
 
 # %% ../../nbs/61_viz.heatmaps.ipynb #3c271bf8
+def map_caption(
+    scale:str,     # of `CMAPS`
+    smooth:bool,   # whether neighbours are blended
+) -> str: # one line
+    "What the colours of a figure mean"
+    what = dict(rank="each map's patches by rank, 0 to 100 %: the ranges above the maps tell how much they differ",
+                clip="proportional, ending at each map's 1st and 99th percentile",
+                signed="proportional, 0 in the middle, ending at each map's 99th percentile of sizes")[scale]
+    return f'Colours: {what}{"; blended over half a patch" if smooth else ""}.'
+
+def _mark(ax, bag, mag, rows):
+    "Numbered boxes round patches"
+    side,halo = bag.patch_px_level0(mag), [withStroke(linewidth=2.5, foreground='white')]
+    for k,(x,y) in enumerate(bag.coords[mag][rows], 1):
+        right = x + 1.5*side < bag.width                                # beside the box, within the slide
+        ax.add_patch(Rectangle((x,y), side, side, fill=False, ec='black', lw=1, path_effects=halo))
+        ax.text(x + side*right, y, f' {k} ', fontsize=8, va='top', ha='left' if right else 'right', path_effects=halo)
+
+# %% ../../nbs/61_viz.heatmaps.ipynb #c71a32ce
 def heatmap_figure(
     slide,            # an open `Slide`
     bag:Bag,          # its bag
     attention:dict,   # {stage: {mag: (n,)}}, as `model.attention` gives it
-    stages=None,      # names of the stages to show; None for all
-    scale:str='rank', # 'rank' or 'clip', see `scale_scores`
+    stages=None,      # names of the stages to show; None for those of the paper, 'all' for all
+    scale:str='rank', # 'rank', 'clip' or 'signed', see `scale_scores`
     max_px:int=768,   # longest side of each picture
+    smooth:bool=False, # blend neighbours instead of showing squares
+    insets:int=4,     # strongest patches of the last map to show in their own pixels
 ) -> plt.Figure:
-    "The slide and, beside it, a map for each stage and magnification"
+    "The slide and, beside it, a map for each stage and magnification; below, the strongest patches of the last map"
     check_fits(slide, bag)
-    maps = list_maps(attention, stages)
-    rows,cols,size = panel_grid(len(maps) + 1, slide.height/slide.width)
-    fig,axs = plt.subplots(rows, cols, figsize=size, layout='constrained', squeeze=False)
+    maps = [(s, m, check_scores(bag, x, m)) for s,m,x in list_maps(attention, stages)]
+    rows,cols,(w,h) = panel_grid(len(maps) + 1, slide.height/slide.width)
+    stage,mag,scores = maps[-1]
+    found,h2 = strongest(bag, scores, mag, insets), w/max(insets, 4) + .45 if insets else 0
+    fig = plt.figure(figsize=(w, h + h2), layout='constrained')
+    top,*low = np.ravel(fig.subfigures(1 + bool(insets), 1, height_ratios=[h,h2][:1 + bool(insets)]))
+    axs,thumb = top.subplots(rows, cols, squeeze=False), slide.thumbnail(max_px)
     for ax in axs.flat[len(maps)+1:]: ax.axis('off')
-    plot_slide(slide, axs.flat[0], max_px).set_title(slide.name, fontsize=9)
-    for ax,(stage,mag,scores) in zip(axs.flat[1:], maps):
-        plot_heatmap(slide, bag, scores, mag, ax, scale, max_px=max_px, color_bar=scale == 'clip')
-        ax.set_title(f'{stage}, {ax.get_title().replace(": ", chr(10)).replace(" the average patch", " average")}', fontsize=9)
-    if scale == 'rank': _color_bar(fig, axs, (0,100), scale_scores(maps[0][2])[2], location='bottom', shrink=.5, aspect=40, pad=.02)
+    plot_slide(slide, axs.flat[0], thumb=thumb).set_title(slide.name, fontsize=9)
+    for ax,(s,m,x) in zip(axs.flat[1:], maps):
+        plot_heatmap(slide, bag, x, m, ax, scale, smooth, max_px=max_px, color_bar=scale != 'rank', thumb=thumb)
+        ax.set_title(f'{stage_title(s)}\n{ax.get_title().replace(" the average patch", " average")}', fontsize=8)
+    if scale == 'rank': _color_bar(top, axs, scale, *scale_scores(scores)[1:], location='bottom', shrink=.5, aspect=40, pad=.02)
+    for ax in (axs.flat[0], axs.flat[len(maps)]): _mark(ax, bag, mag, found)
+    for k,ax in enumerate(low[0].subplots(1, max(insets, 4)) if low else ()):
+        plot_patch(slide, bag, scores, mag, found[k], ax, f'{k+1}: ') if k < len(found) else ax.axis('off')
+    (low or [top])[0].supxlabel(map_caption(scale, smooth), fontsize=7)
     return fig
 
 # %% ../../nbs/61_viz.heatmaps.ipynb #98a700a2
+@contextmanager
+def slide_and_bag(
+    slide:str|Path,         # the slide's file
+    bags:str|Path|Mapping,  # folder with its bag file, or slide -> `Bag`
+    mpp:float=None,         # um per level-0 px, where the file does not say
+): # the open `Slide` and its `Bag`
+    "A slide and the bag that was made of it"
+    from crossfusion.data.bags import open_bags           # here, so that drawing alone needs no torch
+    bags = bags if isinstance(bags, Mapping) else open_bags(bags)
+    with Slide(slide, mpp) as s:
+        expect(s.name in bags, f'heatmap of {slide}', 'a bag of this slide', 'none', 'Extract the slide first.')
+        bag = bags[s.name]
+        check_fits(s, bag)
+        yield s, bag
+
+# %% ../../nbs/61_viz.heatmaps.ipynb #93be0c21
+def save_figure(
+    fig:plt.Figure,   # closed afterwards
+    path:str|Path,    # its ending tells the format
+) -> Path:
+    "Write a figure, whole or not at all"
+    path = Path(path)
+    kind,kinds = path.suffix[1:].lower(), fig.canvas.get_supported_filetypes()
+    try:
+        expect(kind in kinds, str(path), f'a picture: {", ".join(sorted(kinds))}', kind or 'no ending')
+        with atomic_path(path) as part: fig.savefig(part, format=kind, dpi=150)
+    finally: plt.close(fig)
+    return path
+
+# %% ../../nbs/61_viz.heatmaps.ipynb #78e09c53
 def write_heatmap(
     run:str|Path|RunFolder, # a run folder
     slide:str|Path,         # the slide's file
     bags:str|Path|Mapping,  # folder with its bag file, or slide -> `Bag`
     out:str|Path=None,      # picture to write; None for figures/<slide>_attention.png in the run folder
     mpp:float=None,         # um per level-0 px, where the file does not say
-    stages=None,            # names of the stages to show; None for all
+    stages=None,            # names of the stages to show; None for those of the paper, 'all' for all
+    **kwargs,               # of `heatmap_figure`: scale, smooth, insets, max_px
 ) -> Path: # the picture
     "Draw what a run's models attend to, over the slide"
-    from crossfusion.data.bags import open_bags           # here, so that drawing alone needs no torch
     from crossfusion.training.crossval import attention
-    run,bags = RunFolder(getattr(run, 'path', run)), bags if isinstance(bags, Mapping) else open_bags(bags)
-    with Slide(slide, mpp) as s:
-        expect(s.name in bags, f'heatmap of {slide}', 'a bag of this slide', 'none', 'Extract the slide first.')
-        bag = bags[s.name]; check_fits(s, bag)
-        fig = heatmap_figure(s, bag, attention(run, bag), stages)
-    out = Path(out or run/'figures'/f'{s.name}_attention.png')
-    with atomic_path(out) as part: fig.savefig(part, format=out.suffix[1:] or 'png', dpi=150)
-    plt.close(fig)
-    return out
+    run = RunFolder(getattr(run, 'path', run))
+    with slide_and_bag(slide, bags, mpp) as (s,bag):
+        fig = heatmap_figure(s, bag, attention(run, bag), stages, **kwargs)
+        return save_figure(fig, out or run/'figures'/f'{s.name}_attention.png')

@@ -13,8 +13,8 @@ from ..core import CrossFusionError, RunFolder, atomic_path, expect, read_json, 
 from ..survival.evaluation import evaluate, predicted_curve
 from ..survival.metrics import check_predictions, compare
 from ..survival.outcomes import cut_points
-from .plots import (cuts_of_fold, interval_text, median_followup, need, p_text, plot_c_index, plot_calibration, plot_followup, plot_km,
-                                   plot_survival, plot_training, survival_points)
+from .curves import cuts_of_fold, plot_c_index, plot_calibration, plot_survival, plot_training, survival_points
+from .plots import interval_text, median_followup, need, p_text, plot_followup, plot_km
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'CSS', 'QUESTION', 'DISCLAIMER', 'Results', 'read_results', 'Html', 'join', 'h', 'html_table', 'embed',
