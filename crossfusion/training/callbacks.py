@@ -58,9 +58,11 @@ class GatherLogits(Callback):
 
 # %% ../../nbs/49_training.callbacks.ipynb #6ae6ac62
 class SplatInputs(Callback):
-    "Hand the model `features` and `coords` as two arguments"
+    "Hand the model `features` and `coords` as two arguments, features in float32: float16 has come as far as the device"
     order = -30
-    def before_batch(self): self.learn.xb = tuple(self.xb[0])
+    def before_batch(self):
+        features,*others = self.xb[0]
+        self.learn.xb = ({m: f.float() for m,f in features.items()}, *others)
 
 class NameTrouble(Callback):
     "Stop at a loss that is no number, and name the patient and the slides"
