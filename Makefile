@@ -9,7 +9,7 @@ bin := .venv/bin
 state := $(shell if [ ! -x $(bin)/python ] || [ -f .venv/.started ]; then echo broken; elif [ ! -f .venv/.ready ]; then echo foreign; \
 	elif [ "`cat .venv/.ready`" = "$(CURDIR)" ]; then echo ready; else echo broken; fi)
 
-.PHONY: help setup demo test bench bench-signal docs clean need-quarto
+.PHONY: help setup demo test test-encoders bench bench-signal docs clean need-quarto
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -42,6 +42,11 @@ demo: setup ## the whole job on simulated slides, with a report at the end; a se
 test: setup ## run all notebooks and all tests
 	@OMP_NUM_THREADS=1 $(bin)/nbdev_test --n_workers 2 --do_print --timing
 	@OMP_NUM_THREADS=1 $(bin)/python -m pytest tests -n 2 --dist worksteal $(ARGS)
+
+# The encoders of timm and open_clip stay out of .venv, and their tests are skipped, until this is asked for
+test-encoders: setup ## install the extra `encoders` and compare our encoders with timm's and open_clip's on small random weights
+	@$(bin)/python -m pip install -qq --no-input --disable-pip-version-check -e '.[encoders]' -c constraints.txt
+	@OMP_NUM_THREADS=1 $(bin)/python -m pytest tests/test_wsi.py -rs $(ARGS)
 
 bench: setup ## all benchmarks
 	@set -e; for f in benchmarks/*.py; do echo "== $$f"; $(bin)/python "$$f" $(ARGS); done

@@ -14,7 +14,7 @@ from test_faults import in_namespace, may_mount, said
 
 # Children come from a clean process: a fork of one whose OpenMP threads have run can wait for them forever
 children = multiprocessing.get_context('forkserver')
-children.set_forkserver_preload(['crossfusion.training.crossval'])
+children.set_forkserver_preload(['crossfusion.training.crossval', 'sklearn.model_selection'])      # what a run imports later, too
 OPTIONS = dict(model='amil', embed_dim=16, recipe=recipe_named(n_epoch=6, average=.9))
 
 
@@ -40,13 +40,20 @@ def same(run, other, names=('predictions.csv', *(f'fold_{k}/{f}' for k in range(
     assert {p.name for p in run.rglob('*')} == {p.name for p in other.rglob('*')}       # no checkpoint, no half-written file
 
 
+def train(started, *args):
+    "What the child does: it has started, now it trains"
+    started.set()
+    cross_validate(*args, **OPTIONS)
+
+
 def test_killed_at_ten_moments(cohort, undisturbed, tmp_path):
     "SIGKILL, again and again, at moments that nobody chose; then to the end: the bytes of a run that was never killed"
     whole, seconds = undisturbed
     kills = []
     while len(kills) < 10:
-        p, delay = children.Process(target=cross_validate, args=(*cohort[1:], tmp_path/'run'), kwargs=OPTIONS), random.uniform(0, seconds/4)
-        p.start(); time.sleep(delay); p.kill(); p.join()
+        started, delay = children.Event(), random.SystemRandom().uniform(0, seconds/2)
+        p = children.Process(target=train, args=(started, *cohort[1:], tmp_path/'run'))
+        p.start(); started.wait(60); time.sleep(delay); p.kill(); p.join()
         if p.exitcode == 0: shutil.rmtree(tmp_path/'run')                               # it was done before its time came: start anew
         else: kills.append((round(delay, 2), p.exitcode, [f.parent.name for f in (tmp_path/'run').glob('*/checkpoint.pt')]))
     print(kills)
