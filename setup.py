@@ -11,7 +11,8 @@ cfg = parser['DEFAULT']
 
 statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature', '7 - Inactive']
 py_versions = '3.10 3.11 3.12 3.13'.split()
-cluster, gpus = (cfg[f'{o}_requirements'].split() for o in ('cluster','gpus'))
+extras = {o: cfg[f'{o}_requirements'].split() for o in ('encoders','cluster','gpus','explorer')}
+tested = [r for o in ('cluster','gpus','explorer') for r in extras[o]] # what the tests run, too
 
 setup(
     name=cfg['lib_name'],
@@ -29,7 +30,7 @@ setup(
     packages=find_packages(include=['crossfusion*']),
     python_requires='>=' + cfg['min_python'],
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={'encoders': cfg['encoders_requirements'].split(), 'cluster': cluster, 'gpus': gpus, 'dev': cfg['dev_requirements'].split() + cluster + gpus},
+    extras_require={**extras, 'dev': cfg['dev_requirements'].split() + tested},
     entry_points={'console_scripts': [s.strip() for s in cfg['console_scripts'].split('\n') if s.strip()],
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from scipy.ndimage import binary_erosion
 from ..bag import Bag
-from ..core import RunFolder, expect, progress, read_json, rng
+from ..core import RunFolder, expect, progress, rng
 from ..data.loaders import bag_inputs
 from ..survival.outcomes import logits_to_risk
-from ..training.crossval import _check_kind, attention, load_fold, own_folds
+from ..training.crossval import attention, load_fold, own_folds, speakers
 from .heatmaps import check_scores, list_maps, plot_heatmap, save_figure, slide_and_bag
 
 # %% auto #0
@@ -155,8 +155,7 @@ def occlusion(
 ) -> tuple: # the `Regions`, and (r,) the change of risk, positive = the region raises it
     "What each region of a slide adds to its predicted risk"
     run = RunFolder(getattr(run, 'path', run))
-    _check_kind(run, bag)
-    speak,regions = own_folds(run).get(bag.slide) or range(len(read_json(run/'folds.json'))), tissue_regions(bag, cells)
+    speak,regions = speakers(run, bag), tissue_regions(bag, cells)
     return regions, np.mean([occlude(load_fold(run, k)[0], bag, regions, **kwargs) for k in speak], 0)
 
 # %% ../../nbs/61b_viz.checks.ipynb #8dd96eec

@@ -4,22 +4,25 @@
 
 # %% ../../nbs/60c_viz.curves.ipynb #03f13af5
 from __future__ import annotations
+from textwrap import wrap
 import numpy as np, pandas as pd
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator
-from ..core import HIGH_RISK, LOW_RISK, expect
+from ..core import HIGH_RISK, LOW_RISK, expect, rng
 from ..survival.evaluation import predicted_curve
 from ..survival.metrics import c_index_table
 from .plots import draw_km, interval_text, legend_above, month_axis, need, new_axes
 
 # %% auto #0
 __all__ = ['plot_c_index', 'fold_intervals', 'plot_folds', 'survival_points', 'cuts_of_fold', 'edges_of', 'spread_patients',
-           'plot_survival', 'plot_calibration', 'plot_brier', 'chosen_epoch', 'plot_training']
+           'risk_color', 'plot_survival', 'plot_calibration', 'plot_brier', 'made_up_history', 'chosen_epoch',
+           'plot_training']
 
 # %% ../../nbs/60c_viz.curves.ipynb #c7a4892d
 def _row_label(name, m):
     "What stands left of a row: the model, and a loud word if its epoch was chosen on the reported fold"
-    return f'{name}\n(optimistic)' if m.get('optimistic') else str(name)
+    lines = wrap(str(name).replace('_', '_ '), 16)
+    return '\n'.join(o.replace('_ ', '_') for o in lines + ['(optimistic)']*bool(m.get('optimistic')))
 
 def _draw_truth(ax, m):
     "The truth's own C-index as a band with a line"
@@ -115,9 +118,13 @@ def spread_patients(
     return [order[i] for i in np.unique(np.linspace(0, len(order)-1, n + 2).round().astype(int)[1:-1])]
 
 # %% ../../nbs/60c_viz.curves.ipynb #965dacc1
-def _risk_colors(n):
-    "Colours from low to high risk"
-    return LinearSegmentedColormap.from_list('risk', [LOW_RISK, '#8a7d86', HIGH_RISK])(np.linspace(0, 1, n) if n > 1 else [.5])
+_risk_map = LinearSegmentedColormap.from_list('risk', [LOW_RISK, '#8a7d86', HIGH_RISK])
+
+def risk_color(
+    share, # 0 for the lowest risk, 1 for the highest; a number or an array
+): # RGBA
+    "Blue for low, grey for middling, vermilion for high risk"
+    return _risk_map(np.asarray(share, float))
 
 def _draw_patient(ax, row, cuts, last, color):
     "One predicted curve, and on it what happened to the patient"
@@ -143,8 +150,9 @@ def plot_survival(
     ax,last = new_axes(ax, 4), table.duration.max()
     everyone = table.drop_duplicates('patient')
     draw_km(ax, everyone.duration, everyone.event, '0.55', 'cohort')
-    rows = table.drop_duplicates('patient').set_index('patient', drop=False).loc[patients]
-    for (_,row),color in zip(rows.iterrows(), _risk_colors(len(rows))): _draw_patient(ax, row, edges[row.fold], last, color)
+    place = (table.groupby('fold').risk.rank() - 1)/(table.groupby('fold').risk.transform('size') - 1).clip(1)
+    rows = table.assign(place=place).drop_duplicates('patient').set_index('patient', drop=False).loc[patients]
+    for _,row in rows.iterrows(): _draw_patient(ax, row, edges[row.fold], last, risk_color(row.place))
     for c in np.concatenate([e[1:-1] for e in edges.values()]): ax.axvline(c, color='0.8', lw=.8/len(edges)**.5, zorder=0)
     month_axis(ax, last); ax.set(ylim=(0,1.02), ylabel='probability to be alive')
     legend_above(ax)
@@ -160,7 +168,7 @@ def plot_calibration(
     expect(groups, 'metrics', 'calibration', 'none', 'It takes predictions with the edges t1, t2, ... of the time bins.')
     ax,g = new_axes(ax, 3.8), pd.DataFrame(groups)
     ax.plot([0,1], [0,1], ':', color='0.35', lw=1)
-    for row,color in zip(g.itertuples(), _risk_colors(len(g))[::-1]):
+    for row,color in zip(g.itertuples(), risk_color(np.linspace(1, 0, len(g)))):
         ax.plot([row.predicted]*2, [row.low,row.high], color=color, lw=2, solid_capstyle='butt')
         ax.plot(row.predicted, row.observed, 'o', color=color, ms=7)
         ax.annotate(f'n = {row.n}', (row.predicted,row.low), (0,-3), textcoords='offset points', ha='center', va='top', fontsize=8.5, color=color)
@@ -184,6 +192,17 @@ def plot_brier(
     month_axis(ax, b.time.max()); ax.set(ylim=(0,None), ylabel='Brier score')
     legend_above(ax, ncols=1)
     return ax
+
+# %% ../../nbs/60c_viz.curves.ipynb #c66796ca
+def made_up_history(
+    seed:int,      # another seed, another training
+    epochs:int=15, # passes
+) -> pd.DataFrame: # epoch, train_loss, valid_loss, c_index
+    "What a training could have written, epoch by epoch"
+    e,r = np.arange(epochs), rng(seed, 'history')
+    train,valid = .7 + .9*np.exp(-e/5), .95 + .6*np.exp(-e/4) + .004*(e-8).clip(0)**2
+    return pd.DataFrame(dict(epoch=e, train_loss=train + .02*r.normal(size=epochs), valid_loss=valid + .03*r.normal(size=epochs),
+                             c_index=.5 + .25*(1 - np.exp(-e/4)) + .02*r.normal(size=epochs)))
 
 # %% ../../nbs/60c_viz.curves.ipynb #54c586f4
 def _by_epoch(histories, column):

@@ -15,9 +15,9 @@ from ..survival.metrics import logrank_split, risk_groups
 from ..survival.outcomes import cut_points, to_bin
 
 # %% auto #0
-__all__ = ['made_up_predictions', 'need', 'interval_text', 'p_text', 'month_ticks', 'new_axes', 'month_axis', 'legend_above',
-           'draw_km', 'at_risk', 'draw_at_risk', 'patient_groups', 'plot_km', 'median_followup', 'plot_followup',
-           'bin_counts', 'plot_cuts', 'shares', 'plot_shares', 'plot_cohort']
+__all__ = ['COLUMNS', 'made_up_predictions', 'need', 'interval_text', 'p_text', 'month_ticks', 'new_axes', 'month_axis',
+           'legend_above', 'draw_km', 'at_risk', 'draw_at_risk', 'patient_groups', 'plot_km', 'median_followup',
+           'plot_followup', 'bin_counts', 'plot_cuts', 'shares', 'plot_shares', 'plot_cohort']
 
 # %% ../../nbs/60_viz.plots.ipynb #80d36219
 def made_up_predictions(
@@ -228,6 +228,8 @@ def plot_cuts(
     return ax
 
 # %% ../../nbs/60_viz.plots.ipynb #390258c5
+COLUMNS = ('age','sex','stage','grade','diagnosis','site') # what a clinical table may know of a patient
+
 def shares(
     values:pd.Series, # of one column, a value per patient
     n:int=5,          # so many names, the others together
@@ -264,13 +266,13 @@ def plot_shares(
 # %% ../../nbs/60_viz.plots.ipynb #d3f79c38
 def plot_cohort(
     cohort:pd.DataFrame, # one row per slide or patient: patient, duration, event, and what else is known
-    columns=None,        # of the table, to show as shares; None for age, sex, stage, grade, diagnosis and site where they are
+    columns=None,        # of the table, to show as shares; None for those of `COLUMNS` that are there
     cuts=None,           # edges of the time bins to mark, see `plot_followup`
     axs=None,            # three axes, two where there is nothing to share out; None for a new figure
 ): # the axes
     "Survival, follow-up and make-up of a cohort"
     people = need(cohort, 'patient', 'duration', 'event').drop_duplicates('patient')
-    columns = [c for c in ('age','sex','stage','grade','diagnosis','site') if c in people] if columns is None else list(columns)
+    columns = [c for c in COLUMNS if c in people] if columns is None else list(columns)
     heights = [2.6, 2.2] + [.5 + .3*len(columns)]*bool(columns)
     if axs is None: axs = plt.subplots(len(heights), 1, figsize=(6.5, sum(heights)), height_ratios=heights, layout='constrained')[1]
     draw_km(axs[0], people.duration, people.event, 'black')

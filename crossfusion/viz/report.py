@@ -4,131 +4,21 @@
 
 # %% ../../nbs/63_viz.report.ipynb #df816867
 from __future__ import annotations
-import base64, html, io
-from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
-from ..core import CrossFusionError, RunFolder, atomic_path, expect, read_json, versions, write_text
-from ..survival.evaluation import evaluate, predicted_curve
-from ..survival.metrics import check_predictions, compare
-from ..survival.outcomes import cut_points
-from .curves import cuts_of_fold, plot_c_index, plot_calibration, plot_survival, plot_training, survival_points
-from .plots import interval_text, median_followup, need, p_text, plot_followup, plot_km
+from ..core import RunFolder, atomic_path, expect, versions, write_text
+from .curves import cuts_of_fold, plot_brier, plot_c_index, plot_calibration, plot_folds, plot_survival, plot_training, survival_points
+from .page import Html, figure_html, h, html_cards, html_table, join, page_html
+from .plots import COLUMNS, interval_text, median_followup, p_text, plot_cuts, plot_followup, plot_km, plot_shares, shares
+from .results import (Results, best_and_worst, comparison_rows, flatten, further_rows, missing_rows, percent, protocol_label, read_results,
+                                     run_names, signed, than_average, verdict)
 
 # %% auto #0
-__all__ = ['PROTOCOLS', 'CSS', 'QUESTION', 'DISCLAIMER', 'Results', 'read_results', 'Html', 'join', 'h', 'html_table', 'embed',
-           'figure_html', 'picture', 'verdict', 'answer_section', 'protocol_label', 'banner', 'protocol_section',
-           'missing_rows', 'cohort_section', 'comparison_rows', 'fold_table', 'results_section', 'further_rows',
-           'added_value_part', 'further_section', 'groups_section', 'survival_section', 'training_section',
-           'patient_pairs', 'patients_section', 'flatten', 'settings_section', 'heatmap_section', 'page_html',
-           'write_report']
-
-# %% ../../nbs/63_viz.report.ipynb #4be9538e
-@dataclass
-class Results:
-    "What a run folder holds"
-    path:Path           # the folder
-    table:pd.DataFrame  # predictions
-    metrics:dict        # as `evaluate` gives them
-    cohort:pd.DataFrame # one row per slide or patient
-    missing:pd.DataFrame # patient, slide, reason
-    settings:dict = field(default_factory=dict)  # empty where the folder has no config.json
-    versions:dict = field(default_factory=dict)
-    histories:dict = field(default_factory=dict) # fold -> history
-    cuts:dict = None    # fold -> (k+1,) edges of the time bins; None where not known
-    @property
-    def name(self): return self.settings.get('model') or self.path.name
-
-# %% ../../nbs/63_viz.report.ipynb #e250864c
-def _read_csv(path):
-    "A CSV file with names as text, or an error that names it"
-    try: return pd.read_csv(path, dtype={'patient': str, 'slide': str})
-    except (ValueError, UnicodeDecodeError) as e: raise CrossFusionError(f'{path}: expected a CSV table, found one that cannot be read ({e}). Remove it and run again.') from None
-
-def _judge(table, cohort, protocol):
-    "Metrics of predictions that come without; a protocol that nobody stated stays unstated"
-    truth = cohort.drop_duplicates('patient').set_index('patient').true_risk if 'true_risk' in cohort else None
-    return evaluate(table, sorted(set(cohort.patient)), truth, protocol or 'nested') | dict(protocol=protocol)
-
-# %% ../../nbs/63_viz.report.ipynb #a5b194c4
-def _read_cuts(path, table):
-    "Cut points of each fold as training or the table says them; else those of all scored patients, where there are any"
-    files = {k: path/f'fold_{k}'/'fold.json' for k in table.fold.unique()}
-    if all(f.exists() for f in files.values()):
-        return {k: np.array([np.inf if c is None else c for c in read_json(f)['cuts']], float) for k,f in files.items()}
-    if curve := predicted_curve(table): return {k: np.append(curve[0][rows[0]], np.inf) for k,rows in table.groupby('fold').indices.items()}
-    n = sum(f's{k}' in table for k in range(1, 100))
-    try: return dict.fromkeys(files, cut_points(table.duration, table.event, n)) if n else None
-    except CrossFusionError: return None
-
-# %% ../../nbs/63_viz.report.ipynb #461ee026
-def read_results(
-    run:str|Path|RunFolder,   # a run folder
-    cohort:pd.DataFrame=None, # the clinical table; None for the folder's own
-) -> Results:
-    "Read what a report needs"
-    path = Path(getattr(run, 'path', run))
-    expect((path/'predictions.csv').exists(), str(path), 'a run folder with predictions.csv', 'none', 'Finish the training first.')
-    get = lambda name, read, default: read(path/name) if (path/name).exists() else default
-    table = check_predictions(_read_csv(path/'predictions.csv'))
-    config = get('config.json', read_json, {})
-    cohort = get('cohort.csv', _read_csv, table) if cohort is None else cohort
-    histories = {k: h for k in sorted(table.fold.unique()) if (h := get(f'fold_{k}/history.csv', _read_csv, None)) is not None}
-    metrics = get('metrics.json', read_json, None) or _judge(table, cohort, config.get('settings', {}).get('protocol'))
-    return Results(path, table, metrics, cohort, get('missing.csv', _read_csv, pd.DataFrame(columns=['patient','slide','reason'])),
-                   config.get('settings', {}), config.get('versions', {}), histories, _read_cuts(path, table))
-
-# %% ../../nbs/63_viz.report.ipynb #2da19484
-class Html(str):
-    "Text that is already HTML"
-
-def join(
-    *parts, # HTML, or text to be escaped
-) -> Html:
-    "Pieces of HTML one after another"
-    return Html(''.join(p if isinstance(p, Html) else html.escape(str(p)) for p in parts))
-
-def h(
-    tag:str, # name of the element
-    *parts,  # what is inside: HTML, or text to be escaped
-    **attrs, # its attributes; `class_` for class
-) -> Html:
-    "An HTML element"
-    a = ''.join(f' {k.rstrip("_")}="{html.escape(str(v))}"' for k,v in attrs.items())
-    return Html(f'<{tag}{a}>') if tag in ('img','meta') else Html(f'<{tag}{a}>{join(*parts)}</{tag}>\n')
-
-# %% ../../nbs/63_viz.report.ipynb #49d05f76
-def html_table(
-    rows,          # lists of cells
-    head:list,     # names of the columns
-    text:int=1,    # so many columns from the left are text, the others numbers
-) -> Html:
-    "A table that scrolls sideways where the screen is narrow"
-    def line(cell, row): return h('tr', *(h(cell, c, **({} if i < text else {'class_': 'n'})) for i,c in enumerate(row)))
-    return h('div', h('table', h('thead', line('th', head)), h('tbody', *(line('td', row) for row in rows))), class_='scroll')
-
-# %% ../../nbs/63_viz.report.ipynb #3aaaa6de
-def embed(
-    data:bytes,        # a PNG or JPEG file
-    limit:int=300_000, # larger ones are made JPEG, at most 1600 px wide
-) -> str:
-    "An image as a data URL"
-    if len(data) > limit:
-        from PIL import Image
-        img,out = Image.open(io.BytesIO(data)).convert('RGB'), io.BytesIO()
-        img.thumbnail((1600, 1600*4)); img.save(out, 'JPEG', quality=82)
-        data = min(data, out.getvalue(), key=len)
-    kind = 'png' if data[:4] == b'\x89PNG' else 'jpeg'
-    return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
-
-def figure_html(
-    data:bytes,  # a PNG or JPEG file
-    caption:str, # what to see
-    alt:str,     # what it shows, for those who cannot
-) -> Html:
-    "A figure with caption"
-    return h('figure', h('img', src=embed(data), alt=alt), h('figcaption', caption))
+__all__ = ['QUESTION', 'DISCLAIMER', 'picture', 'answer_section', 'banner', 'protocol_section', 'bins_part', 'cohort_section',
+           'known_part', 'fold_table', 'results_section', 'folds_part', 'added_value_part', 'further_section',
+           'groups_section', 'survival_section', 'training_section', 'patients_section', 'patient_maps', 'edge_part',
+           'maps_section', 'heatmap_section', 'settings_section', 'write_report']
 
 # %% ../../nbs/63_viz.report.ipynb #0e804f54
 def picture(
@@ -149,55 +39,20 @@ def picture(
     return figure_html(path.read_bytes(), caption, alt)
 
 # %% ../../nbs/63_viz.report.ipynb #1db1bc24
-def verdict(
-    c:dict, # C-index: value, low, high
-) -> str:
-    "What a C-index and its interval allow to say"
-    if not np.isfinite(c['value']): return 'The C-index is not defined here: no two patients can be ordered.'
-    if not (c['low'] > .5 or c['high'] < .5): return 'The interval includes 0.5, so this cohort cannot tell the model from chance.'
-    if c['high'] < .5: return 'The interval lies below 0.5: worse than chance. Look for a sign turned round or a leak.'
-    return 'The interval lies above 0.5: better than chance.'
-
-# %% ../../nbs/63_viz.report.ipynb #eab6075e
-def _percent(x): return f'{100*x:.0f}'
-
-def _signed(d):
-    "A difference with its interval"
-    return f'{d["difference"]:+.2f} ({d["low"]:+.2f} to {d["high"]:+.2f})'.replace('-', '−')
-
-def _cards(cards):
-    "Labels with a large number and a line below"
-    return h('div', *(h('div', h('div', a, class_='label'), h('div', b, class_='big'), h('div', c, class_='small')) for a,b,c in cards), class_='cards')
-
-# %% ../../nbs/63_viz.report.ipynb #388ac9a1
 def answer_section(
     r:Results, # the run
 ) -> Html:
     "The result in words and four numbers"
     m,c,t = r.metrics, r.metrics['c_index'], r.metrics.get('truth')
-    best = f', the true risk itself {_percent(t["value"])}' if t else ''
-    pairs = f'Of 100 pairs of patients of whom one is known to have died first, the model gives that one the higher risk in {_percent(c["value"])}; chance gets 50{best}. '
+    best = f', the true risk itself {percent(t["value"])}' if t else ''
+    pairs = f'Of 100 pairs of patients of whom one is known to have died first, the model gives that one the higher risk in {percent(c["value"])}; chance gets 50{best}. '
     cards = [('C-index', f'{c["value"]:.2f}', f'95 % interval {c["low"]:.2f} to {c["high"]:.2f}')]
-    if t: cards.append(('the true risk’s own', f'{t["value"]:.2f}', f'{t["low"]:.2f} to {t["high"]:.2f}; model minus truth {_signed(m["to_truth"])}'))
+    if t: cards.append(('the true risk’s own', f'{t["value"]:.2f}', f'{t["low"]:.2f} to {t["high"]:.2f}; model minus truth {signed(m["to_truth"])}'))
     cards.append(('low against high risk', p_text(m['logrank']['p']), 'log-rank test'))
     cards.append(('patients scored', f'{m["n_scored"]} of {m["n_expected"]}', f'{c["events"]} deaths among them'))
-    return join(h('p', pairs if np.isfinite(c['value']) else '', h('strong', verdict(c)), class_='lead'), _cards(cards))
+    return join(h('p', pairs if np.isfinite(c['value']) else '', h('strong', verdict(c)), class_='lead'), html_cards(cards))
 
 # %% ../../nbs/63_viz.report.ipynb #5a2eb902
-PROTOCOLS = {
-    'nested': ('Honest', 'In each fold a part of the training patients chose the epoch. The patients of the fold were scored once, by a model that had never seen them.'),
-    'fixed': ('Honest', 'Training ran for a number of epochs fixed beforehand. The patients of each fold were scored once, by a model that had never seen them.'),
-    'published': ('Optimistic', 'The epoch was chosen on the very patients that are reported, as the published program does. On new patients expect less; differences between models may be nothing but luck in that choice.')}
-
-def protocol_label(
-    r:Results, # the run
-) -> tuple: # label, explanation, whether it is a warning
-    "How honest the numbers are"
-    protocol,optimistic = r.metrics.get('protocol'), r.metrics.get('optimistic', False)
-    label,text = PROTOCOLS.get('published' if optimistic else protocol, ('Not stated', 'The run does not say how its epochs were chosen. If the reported patients had a say, the numbers are optimistic.'))
-    return label, text, label != 'Honest'
-
-# %% ../../nbs/63_viz.report.ipynb #ab0e69ec
 def banner(
     r:Results, # the run
 ) -> Html:
@@ -211,19 +66,18 @@ def protocol_section(
     "How the epoch was chosen and who was scored by whom"
     n = r.table.fold.nunique()
     return join(banner(r), h('p', f'{n} folds, protocol “{r.metrics.get("protocol") or "not stated"}”. All numbers count patients, not slides. Pairs are compared within a fold only, since the risks '
-               'of two models have no common scale. Intervals are 95 %, by drawing patients again and again with replacement.'))
+               'of two models have no common scale. Intervals are 95 %, by drawing patients again and again with replacement.'), bins_part(r))
 
-# %% ../../nbs/63_viz.report.ipynb #1a443c87
-def missing_rows(
-    r:Results,   # the run
-    shown:int=12, # so many names for each reason
-) -> list: # of (reason, number of patients, their names)
-    "Who was expected and not scored, and why"
-    why = r.missing.groupby('patient').reason.agg(lambda o: '; '.join(dict.fromkeys(map(str, o)))).to_dict()
-    gone = pd.Series({p: why.get(p, 'no prediction in the table') for p in r.metrics.get('missing', ())}, dtype=object)
-    return [(reason, len(p), ', '.join(p[:shown]) + (f' and {len(p)-shown} more' if len(p) > shown else '')) for reason,p in gone.groupby(gone).groups.items()]
+def bins_part(
+    r:Results, # the run
+) -> Html:
+    "The time bins of each fold"
+    if r.cuts is None: return Html('')
+    return picture(r, 'cuts', lambda ax: plot_cuts(r.table, r.cuts, ax),
+                   'Time is cut into bins, whose edges each fold learned from its own training patients. The numbers are the deaths of the fold’s reported patients in each bin.',
+                   'Time bins: ' + '; '.join(f'fold {k} ends at ' + ', '.join(f'{c:.0f}' for c in e[1:-1]) for k,e in r.cuts.items()) + ' months.', 1.2 + .32*len(r.cuts))
 
-# %% ../../nbs/63_viz.report.ipynb #e3786c10
+# %% ../../nbs/63_viz.report.ipynb #8f68eac6
 def cohort_section(
     r:Results, # the run
 ) -> Html:
@@ -239,34 +93,18 @@ def cohort_section(
     if len(part): gone = join(gone, h('p', f'Of patients who were scored, {len(part)} slide{"s"*(len(part) > 1)} could not be used: {"; ".join(part.slide + " (" + part.reason.astype(str) + ")")}.'))
     plot = picture(r, 'followup', lambda ax: plot_followup(p, r.cuts, ax), 'When patients died or were last seen.' + (' Dashed lines: edges of the time bins.' if r.cuts else ''),
                    f'Histogram of follow-up of {n} patients: {dead} deaths, {n-dead} censored, median follow-up {follow}.', 2.8)
-    return join(h('p', text), plot, gone)
+    return join(h('p', text), plot, known_part(r, p), gone)
 
-# %% ../../nbs/63_viz.report.ipynb #9d24e316
-def _names(runs):
-    "A name for each run: its model, with the folder where two have the same"
-    names = [o.name for o in runs]
-    return [f'{n} ({o.path.name})' if names.count(n) > 1 else n for n,o in zip(names, runs)]
-
-def _bare(p): return p_text(p).removeprefix('p ').removeprefix('= ')
-
-def _turned(d):
-    "The same difference seen from the other side"
-    return dict(difference=-d['difference'], low=-d['high'], high=-d['low'])
-
-# %% ../../nbs/63_viz.report.ipynb #f3ee4e0a
-def comparison_rows(
-    r:Results,   # the run
-    others:list, # `Results` of other runs
-) -> list: # of table rows
-    "C-index of each run, and its difference to this one on the same patients"
-    rows = []
-    for name,o in zip(_names([r,*others]), [r,*others]):
-        m = o.metrics
-        row = [name + (' (optimistic)' if m.get('optimistic') else ''), interval_text(m['c_index']), f'{m["n_scored"]} of {m["n_expected"]}']
-        d = compare(o.table, r.table) if o is not r else None
-        rows.append(row + ([_signed(d), _bare(d['p'])] if d else ['', '']))
-    t = r.metrics.get('truth')
-    return rows + ([['true risk', interval_text(t), str(t['n']), _signed(_turned(r.metrics['to_truth'])), _bare(r.metrics['to_truth']['p'])]] if t else [])
+def known_part(
+    r:Results,      # the run
+    p:pd.DataFrame, # one row per patient
+) -> Html:
+    "What the clinic knows of the patients"
+    columns = [c for c in COLUMNS if c in p]
+    if not columns: return Html('')
+    words = lambda c: f'{c}: ' + ', '.join(f'{v} {percent(s)} %' for v,s in shares(p[c]).items())
+    return picture(r, 'cohort', lambda ax: plot_shares(p, columns, ax),
+                   'What is known of the patients: shares, numbers in quarters.', '; '.join(map(words, columns)) + '.', .5 + .34*len(columns))
 
 # %% ../../nbs/63_viz.report.ipynb #ed1c94f3
 def fold_table(
@@ -285,28 +123,20 @@ def results_section(
 ) -> Html:
     "C-index: pooled, compared, by fold"
     runs = [r,*others]
-    named = dict(zip(_names(runs), (o.metrics for o in runs)))
+    named = dict(zip(run_names(runs), (o.metrics for o in runs)))
     plot = picture(r, 'c_index', lambda ax: plot_c_index(named, ax), 'Right: value, interval, patients scored of patients expected.',
                    'C-index: ' + '; '.join(f'{n} {interval_text(m["c_index"])}' for n,m in named.items()), 1.6 + .5*len(runs))
     several = others or r.metrics.get('truth')
-    return join(plot, html_table(comparison_rows(r, others), ['model','C-index (95 %)','scored','difference to this run','p']) if several else '', h('h3', 'By fold'), fold_table(r))
+    table = html_table(comparison_rows(r, others), ['model','C-index (95 %)','scored','difference to this run','p']) if several else ''
+    return join(plot, table, h('h3', 'By fold'), folds_part(runs), fold_table(r))
 
-# %% ../../nbs/63_viz.report.ipynb #d1cdea6c
-def _than_average(d):
-    "What the difference of two Brier scores, model minus average, allows to say"
-    if d['high'] < 0: return 'The predicted probabilities are better than the average survival curve, given to everybody.'
-    if d['low'] > 0: return 'The predicted probabilities are worse than the average survival curve, given to everybody. Use the order, not the probabilities.'
-    return 'The predicted probabilities cannot be told from the average survival curve, given to everybody.'
-
-def further_rows(
-    m:dict, # metrics
-) -> list: # of table rows
-    "Uno's C, AUC and Brier score, each with what stands beside it"
-    rows,uno,b = [], m.get('uno_c'), m.get('integrated_brier')
-    if uno: rows.append(['Uno’s C', interval_text(uno), f'deaths before {uno["tau"]:.0f} months'])
-    for a in m.get('auc') or []: rows.append([f'AUC at {a["time"]:.0f} months', interval_text(a), f'{a["n_cases"]} dead, {a["n_controls"]} alive'])
-    if b: rows.append([f'Brier score to {b["end"]:.0f} months', interval_text(b, 3), f'average curve {b["reference"]:.3f}'])
-    return rows
+def folds_part(
+    runs:list, # `Results`, this run first
+) -> Html:
+    "C-index of each fold, of at most three runs"
+    named = dict(zip(run_names(runs), (o.table for o in runs[:3])))
+    return picture(runs[0], 'folds', lambda ax: plot_folds(named, ax),
+                   'Each fold with its own 95 % interval, which is as wide as one fold is small.', f'C-index by fold of {", ".join(named)}; the numbers of {runs[0].name} are in the table.', 2.8)
 
 # %% ../../nbs/63_viz.report.ipynb #0ebabeda
 def added_value_part(
@@ -318,7 +148,7 @@ def added_value_part(
     says = 'The slide adds to what the clinic knows.' if d['low'] > 0 else 'The C-index does not show that the slide adds to what the clinic knows.'
     out = f', {a["left_out"]} left out for missing values' if a['left_out'] else ''
     rows = [[name, interval_text(a[k])] for name,k in ((', '.join(a['columns']), 'clinical'), ('the risk of the slide', 'risk'), ('both', 'both'))]
-    return join(h('h3', 'What the slide adds'), h('p', h('strong', says), f' Both minus clinical: {_signed(d)}, {p_text(d["p"])}; likelihood-ratio test '
+    return join(h('h3', 'What the slide adds'), h('p', h('strong', says), f' Both minus clinical: {signed(d)}, {p_text(d["p"])}; likelihood-ratio test '
                 f'{p_text(ratio["p"])}. {a["n"]} patients{out}. Each model was fitted on the patients of the other folds, with risks from models that had not '
                 'seen them.'), html_table(rows, ['Cox model of', 'C-index (95 %)']))
 
@@ -329,9 +159,11 @@ def further_section(
     m,rows = r.metrics, further_rows(r.metrics)
     parts = [html_table(rows, ['metric','value (95 %)','beside it']), h('p', 'Uno’s C and the AUC weigh patients so as if nobody had been lost from sight. '
              'The Brier score is the squared distance of probability and outcome, lower is better.')] if rows else []
-    if m.get('integrated_brier'): parts.append(h('p', _than_average(m['integrated_brier']['to_reference'])))
+    if b := m.get('integrated_brier'):
+        parts += [h('p', than_average(b['to_reference'])), picture(r, 'brier', lambda ax: plot_brier(m, ax), 'Squared distance of probability and outcome over time, lower is better. '
+            'Dotted: the average curve given to everybody.', f'Brier score over time: {interval_text(b, 3)}, average curve {b["reference"]:.3f}.', 2.8)]
     if g := m.get('calibration'):
-        said = '; '.join(f'{_percent(o["predicted"])} % and {_percent(o["observed"])} %' for o in g)
+        said = '; '.join(f'{percent(o["predicted"])} % and {percent(o["observed"])} %' for o in g)
         parts.append(picture(r, 'calibration', lambda ax: plot_calibration(m, ax), f'Survival at {g[0]["time"]:.0f} months in groups of patients: what was '
             'predicted and what was seen, with 95 % intervals. On the dotted line both agree.', f'Predicted and observed survival: {said}.', 3.6))
     return join(*parts, added_value_part(m.get('added_value')))
@@ -342,7 +174,8 @@ def groups_section(
 ) -> Html:
     "Kaplan-Meier curves of the predicted risk groups"
     g = r.metrics['logrank']
-    return picture(r, 'kaplan_meier', lambda ax: plot_km(r.table, ax), f'Patients predicted to be at low and at high risk; split at the {g["split"]}. “+” marks patients last seen alive, bands are 95 %.',
+    return picture(r, 'kaplan_meier', lambda ax: plot_km(r.table, ax),
+                   f'Patients predicted to be at low and at high risk; split at the {g["split"]}. “+” marks patients last seen alive, bands are 95 %.',
                    f'Kaplan-Meier curves of {g["n_low"]} low-risk and {g["n_high"]} high-risk patients, log-rank {p_text(g["p"])}.', 4)
 
 # %% ../../nbs/63_viz.report.ipynb #8cbe915f
@@ -351,7 +184,8 @@ def survival_section(
 ) -> Html:
     "Predicted survival of single patients"
     if r.cuts is None: return Html('')
-    return picture(r, 'survival', lambda ax: plot_survival(r.table, r.cuts, ax=ax), 'Predicted survival of five patients spread evenly over the predicted risks, from low (blue) to high (orange). '
+    return picture(r, 'survival', lambda ax: plot_survival(r.table, r.cuts, ax=ax),
+                   'Predicted survival of five patients spread evenly over the predicted risks, from low (blue) to high (orange). '
                    'A dot is a death, “+” last seen alive. Grey: the whole cohort. Beyond the last cut point the model gives one number only (dotted).',
                    'Predicted survival curves of five patients beside the Kaplan-Meier curve of the cohort.', 4.1)
 
@@ -360,63 +194,90 @@ def training_section(
 ) -> Html:
     "Loss and C-index by epoch"
     if not r.histories: return Html('')
-    return picture(r, 'training', lambda ax: plot_training(list(r.histories.values()), ax), 'Lines are means over folds, bands go from the lowest to the highest. Dots: the epoch whose weights were kept, one per fold. '
+    return picture(r, 'training', lambda ax: plot_training(list(r.histories.values()), ax),
+                   'Lines are means over folds, bands go from the lowest to the highest. Dots: the epoch whose weights were kept, one per fold. '
                    'Validation patients are those who chose the epoch.', f'Loss and C-index by epoch for {len(r.histories)} folds.')
 
 # %% ../../nbs/63_viz.report.ipynb #bbd659a9
-def patient_pairs(
-    table:pd.DataFrame, # predictions
-) -> pd.DataFrame: # the table with `pairs`, `right` (ties half) and `percentile` (share of the fold with lower risk)
-    "How many of a patient's pairs are in the right order"
-    out = []
-    for _,f in table.groupby('fold'):
-        t,e,risk = f.duration.to_numpy(float), f.event.to_numpy(bool), f.risk.to_numpy(float)
-        pairs,right = np.zeros(len(f)), np.zeros(len(f))
-        for i in np.flatnonzero(e):
-            later = (t > t[i]) | ((t == t[i]) & ~e)   # known to have outlived i
-            ok = later*((risk[i] > risk) + .5*(risk[i] == risk))
-            pairs += later; right += ok; pairs[i] += later.sum(); right[i] += ok.sum()
-        out.append(f.assign(pairs=pairs.astype(int), right=right, percentile=f.risk.rank(pct=True)))
-    return pd.concat(out)
-
-# %% ../../nbs/63_viz.report.ipynb #9d7a11c9
 def _patient_row(p, cuts, last):
     "One patient as a table row"
-    row = [p.patient, f'{"died" if p.event else "alive"} at {p.duration:.1f}'.replace(' ', '\u00a0'), f'{_percent(p.percentile)} %']
-    if cuts is not None: row.append(f'{_percent(np.interp(p.duration, *survival_points(p, cuts_of_fold(cuts, p.fold), last)))} %')
-    return row + [f'{p.right:g} of {p.pairs}', h('span', h('i', style=f'width:{_percent(p.right/p.pairs)}%'), class_='bar')]
+    row = [p.patient, f'{"died" if p.event else "alive"} at {p.duration:.1f}'.replace(' ', '\u00a0'), f'{percent(p.percentile)} %']
+    if cuts is not None: row.append(f'{percent(np.interp(p.duration, *survival_points(p, cuts_of_fold(cuts, p.fold), last)))} %')
+    return row + [f'{p.right:g} of {p.pairs}', h('span', h('i', style=f'width:{percent(p.right/p.pairs)}%'), class_='bar')]
 
 def patients_section(
     r:Results, # the run
     n:int=5,   # so many of either kind
 ) -> Html:
     "Best and worst predicted patients"
-    p = patient_pairs(r.table).query('pairs > 0').assign(share=lambda t: t.right/t.pairs)
-    if len(p) < 2: return Html('')
-    n = min(n, len(p)//2)
+    best,worst = best_and_worst(r, n)
+    if not len(best): return Html('')
     head = ['patient', 'months', 'risk percentile'] + ['said alive then']*bool(r.cuts) + ['pairs right', '']
     rows = lambda t: html_table([_patient_row(o, r.cuts, r.table.duration.max()) for _,o in t.iterrows()], head, 2)
-    best  = p.sort_values(['share','pairs','patient'], ascending=[False,False,True])
-    worst = p.sort_values(['share','pairs','patient'], ascending=[True,False,True])
     return join(h('p', 'Each patient takes part in many pairs; the share in right order says whom the model understood. “Risk percentile” is the place within the fold, 100 % the highest risk.' +
                        (' “Said alive then” is the predicted probability to be alive at the time in the second column.' if r.cuts else '')),
-                h('h3', 'Best'), rows(best[:n]), h('h3', 'Worst: the slides to look at first'), rows(worst[:n]))
+                h('h3', 'Best'), rows(best), h('h3', 'Worst: the slides to look at first'), rows(worst))
 
-# %% ../../nbs/63_viz.report.ipynb #61f3fd73
-def flatten(
-    d:dict, # settings, nested
-    prefix:str='', # of the names
-) -> list: # of (name, value)
-    "Nested settings as lines"
-    return [o for k,v in d.items() for o in (flatten(v, f'{prefix}{k}.') if isinstance(v, dict) and v else [(f'{prefix}{k}', ', '.join(map(str, v)) if isinstance(v, list) else v)])]
+# %% ../../nbs/63_viz.report.ipynb #9573eb70
+def patient_maps(
+    r:Results,  # the run
+    slides,     # folder of slides, or a list of files
+    bags,       # folder with their bag files, or slide -> `Bag`
+    n:int=2,    # so many of the best and of the worst patients
+    mpp=None,   # um per level-0 px, where the files do not say
+) -> list: # of (kind, row of `best_and_worst`, name of the slide, figure, edge check of the slide)
+    "Slides of the best and worst patients, each with the final map"
+    from crossfusion.viz.checks import edge_attention          # these need torch, which a page without maps does not
+    from crossfusion.viz.explorer import RunSlides
+    from crossfusion.viz.heatmaps import list_maps, panel_grid, plot_heatmap, plot_slide, stage_title
+    found,out = RunSlides(r.path, slides, bags, mpp), []
+    first,half = found.table.sort_values('slide').drop_duplicates('patient').set_index('patient').slide, r.table.patient.nunique()//2
+    for kind,people in zip(('best','worst'), best_and_worst(r, half)):
+        for row in people[people.patient.isin(first.index)][:n].itertuples():
+            maps = found.maps(first[row.patient])
+            stage,mag,scores = list_maps(maps.attention)[-1]
+            fig = Figure(figsize=panel_grid(2, maps.slide.height/maps.slide.width, 6)[2], layout='constrained')
+            axs = fig.subplots(*panel_grid(2, maps.slide.height/maps.slide.width)[:2]).flat
+            plot_slide(maps.slide, axs[0], thumb=maps.thumb)
+            plot_heatmap(maps.slide, maps.bag, scores, mag, axs[1], thumb=maps.thumb)
+            axs[1].set_title(f'{stage_title(stage)}\n{axs[1].get_title()}', fontsize=8)
+            out.append((kind, row, maps.slide.name, fig, edge_attention(maps.bag, maps.attention, stages=None).assign(slide=maps.slide.name)))
+    if found.open: found.open.slide.close()
+    return out
 
-def settings_section(
-    r:Results, # the run
+# %% ../../nbs/63_viz.report.ipynb #684f76ac
+def edge_part(
+    table:pd.DataFrame, # of `edge_of_run`, or several of `edge_attention`; None leaves the part out
 ) -> Html:
-    "Settings, seed and versions"
-    if not r.settings: return h('p', 'The folder has no config.json: settings, seed and versions are not known.')
-    return join(h('p', 'With the same settings, data and versions the same numbers come out again.'),
-                h('div', html_table(flatten(r.settings), ['setting','value'], 2), html_table(r.versions.items(), ['package','version'], 2), class_='two'))
+    "Attention along the border of the tissue beside the area there"
+    if table is None or not len(table): return Html('')
+    from crossfusion.viz.checks import edge_summary
+    from crossfusion.viz.heatmaps import stage_title
+    t = edge_summary(table)
+    rows = [[stage_title(o.stage), f'{o.mag}x', f'{percent(o.area)} %', f'{percent(o.attention)} %', interval_text(dict(value=o.ratio, low=o.low, high=o.high))]
+            for o in t.itertuples()]
+    last,n = t.iloc[-1], table.slide.nunique()
+    says = ('looks at the edge more than at the rest' if last.low > 1 else 'looks at the edge less than at the rest' if last.high < 1 else
+            'cannot be said to favour the edge or to shun it')
+    text = (f'Share of the patches that lie within two patches of the border, and share of the attention they get, on {n} slide{"s"*(n > 1)}. '
+            'A ratio of 1 is no preference. ')
+    return join(h('h3', 'The edge of the tissue'), h('p', text, h('strong', f'The last map {says}.')), html_table(rows, ['map','patches','area','attention','ratio (95 %)'], 2))
+
+# %% ../../nbs/63_viz.report.ipynb #6cee7f77
+def maps_section(
+    r:Results,               # the run
+    maps:list=(),            # of `patient_maps`
+    edge:pd.DataFrame=None,  # of `edge_of_run`; None for the run's own, else for the slides drawn
+) -> Html:
+    "Best and worst patients with what the model looked at, and the edge check"
+    def one(k, kind, row, slide, fig, _):
+        fate = (f'{"died at" if row.event else "alive at"} {row.duration:.0f} months, risk percentile {percent(row.percentile)}, '
+                f'{row.right:g} of {row.pairs} pairs right')
+        caption = f'{kind.capitalize()}: {row.patient}, {fate}. Left the slide {slide}, right the last map of the model that had not seen it, coloured by rank.'
+        return picture(r, f'{kind}_{k}', fig, caption, f'Slide {slide} and its attention map; {fate}.')
+    edge = next((t for t in (edge, r.edge) if t is not None), pd.concat([o[-1] for o in maps]) if maps else None)
+    intro = h('p', 'Bright patches had much attention, dark ones little. Attention shows where the model looked, not why it answered as it did.') if maps else ''
+    return join(intro, *(one(k, *o) for k,o in enumerate(maps, 1)), edge_part(edge))
 
 # %% ../../nbs/63_viz.report.ipynb #57624785
 def heatmap_section(
@@ -432,66 +293,20 @@ def heatmap_section(
     expect(data[:4] == b'\x89PNG' or data[:2] == b'\xff\xd8', str(heatmap), 'a PNG or JPEG image', 'another file' if data else 'no such file', 'Give the heatmap as an image or a figure.')
     return figure_html(data, caption, alt)
 
-# %% ../../nbs/63_viz.report.ipynb #dcd2f8d9
-CSS = '''
-:root{--ink:#1d2125;--soft:#5c656d;--line:#dfe3e6;--accent:#0b5d3f;--warn:#D55E00;color-scheme:light}
-*{box-sizing:border-box}
-body{margin:0;color:var(--ink);background:#fff;font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-main{max-width:46rem;margin:0 auto;padding:1.6rem 1.1rem 3rem}
-h1{font-size:1.75rem;line-height:1.2;margin:.4rem 0}
-h2{font-size:1.25rem;margin:2.6rem 0 .6rem;padding-top:.9rem;border-top:1px solid var(--line)}
-h3{font-size:1rem;margin:1.4rem 0 .4rem}
-p{margin:.6rem 0}
-.kicker{color:var(--soft);margin:0}
-.lead{font-size:1.1rem}
-.badge{display:inline-block;font-size:.8rem;font-weight:600;letter-spacing:.02em;padding:.15rem .6rem;border-radius:1rem;color:#fff;background:var(--accent)}
-.badge.warn{background:var(--warn)}
-.banner{border-left:4px solid var(--accent);background:#f1f7f4;padding:.6rem .9rem}
-.banner.warn{border-color:var(--warn);background:#fdf1e8}
-nav{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.9rem;margin:1rem 0}
-nav a{color:var(--accent)}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.6rem,1fr));gap:.7rem;margin:1.1rem 0}
-.cards>div{border:1px solid var(--line);border-radius:.5rem;padding:.6rem .8rem}
-.label,.small{color:var(--soft);font-size:.82rem;line-height:1.35}
-.big{font-size:1.4rem;font-weight:600;line-height:1.35;white-space:nowrap}
-figure{margin:1.2rem 0}
-figure img{display:block;width:100%;max-width:39rem;height:auto}
-figcaption{color:var(--soft);font-size:.88rem;margin-top:.4rem}
-.scroll{overflow-x:auto;margin:.8rem 0;background:linear-gradient(to right,#fff 40%,#fff0) left/3rem 100% no-repeat local,
- linear-gradient(to left,#fff 40%,#fff0) right/3rem 100% no-repeat local,linear-gradient(to right,#0002,#0000) left/.7rem 100% no-repeat scroll,
- linear-gradient(to left,#0002,#0000) right/.7rem 100% no-repeat scroll}
-table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{text-align:left;padding:.3rem 1.2rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top}
-th{font-weight:600;color:var(--soft)}
-.n{text-align:right}td.n{white-space:nowrap}
-.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:0 2rem}
-.two td{overflow-wrap:anywhere}
-.bar{display:inline-block;width:5rem;height:.6rem;background:#eceff1;border-radius:.3rem;overflow:hidden;vertical-align:middle}
-.bar i{display:block;height:100%;background:var(--accent)}
-footer{margin-top:3rem;padding-top:1rem;border-top:1px solid var(--line);color:var(--soft);font-size:.9rem}
-@media(max-width:32rem){table{font-size:.82rem}th,td{padding-right:.8rem}.bar{display:none}h1{font-size:1.5rem}}
-@media print{.scroll{background:none}figure img{max-width:13.5cm}main{max-width:none;padding:0}nav{display:none}figure,.cards,table,.banner{break-inside:avoid}h2,h3{break-after:avoid}body{font-size:11pt}
- *{-webkit-print-color-adjust:exact;print-color-adjust:exact}@page{margin:16mm}}
-'''
+# %% ../../nbs/63_viz.report.ipynb #61f3fd73
+def settings_section(
+    r:Results, # the run
+) -> Html:
+    "Settings, seed and versions"
+    if not r.settings: return h('p', 'The folder has no config.json: settings, seed and versions are not known.')
+    return join(h('p', 'With the same settings, data and versions the same numbers come out again.'),
+                h('div', html_table(flatten(r.settings), ['setting','value'], 2), html_table(r.versions.items(), ['package','version'], 2), class_='two'))
 
-# %% ../../nbs/63_viz.report.ipynb #cfb4bc31
+# %% ../../nbs/63_viz.report.ipynb #bcbada03
 QUESTION = ('How long will a patient live? The model is given nothing but images: the stained tissue sections of a tumour, as patches at several magnifications. '
             'It answers with a risk, higher is worse, and with a probability to be alive after each of a few time bins. It is judged by whether those with higher risk die sooner.')
 DISCLAIMER = ('Research, not diagnosis. This page describes how a program did on one collection of patients. It is no medical device, has not been tested for use in care, '
               'and must not be used to advise or treat anybody.')
-
-def page_html(
-    title:str,      # of the page
-    top:Html,       # what comes before the menu
-    sections:list,  # of (title, HTML); those without content are left out
-) -> Html:
-    "A whole page from its sections"
-    sections = [(t, s) for t,s in sections if s]
-    ids = [''.join(c for c in t.lower() if c.isalpha()) for t,_ in sections]
-    nav = h('nav', *(h('a', t, href=f'#{i}') for i,(t,_) in zip(ids, sections)), aria_label='sections')
-    body = h('main', top, nav, *(h('section', h('h2', t, id=i), s) for i,(t,s) in zip(ids, sections)), h('footer', h('p', h('b', DISCLAIMER)), h('p', f'Written by crossfusion {versions(("crossfusion",))["crossfusion"]}.')))
-    head = h('head', h('meta', charset='utf-8'), h('meta', name='viewport', content='width=device-width, initial-scale=1'), h('title', title), h('style', Html(CSS)))
-    return join(Html('<!DOCTYPE html>\n'), h('html', head, h('body', body), lang='en'))
 
 # %% ../../nbs/63_viz.report.ipynb #112f395b
 def write_report(
@@ -501,17 +316,24 @@ def write_report(
     cohort:pd.DataFrame=None, # the clinical table; None for the run's own
     heatmap=None,             # a figure, or the path of an image: one slide with its attention
     title:str=None,           # of the page
+    slides=None,              # folder of slides, or a list of files: with `bags`, the best and worst patients are shown with their maps
+    bags=None,                # folder with their bag files, or slide -> `Bag`
+    mpp=None,                 # um per level-0 px, where the slides do not say
+    edge:pd.DataFrame=None,   # of `edge_of_run`; None for edge.csv in the run folder, else for the slides shown
 ) -> Path: # the page
     "Write a run as one self-contained HTML page, and its figures beside it"
     r,others = read_results(run, cohort), [read_results(o) for o in others]
-    label,_,warn = protocol_label(r)
+    expect((slides is None) == (bags is None), 'maps of patients', 'both slides and bags, or neither', 'one of them')
+    maps,(label,_,warn) = patient_maps(r, slides, bags, mpp=mpp) if slides is not None else [], protocol_label(r)
     title = title or f'{r.name}: survival from whole-slide images'
     top = join(h('p', 'Research, not diagnosis · ', h('span', f'{label} evaluation' if label != 'Not stated' else 'Evaluation not stated', class_='badge warn' if warn else 'badge'), class_='kicker'),
                h('h1', title), banner(r) if warn else '', answer_section(r))
+    bottom = join(h('p', h('b', DISCLAIMER)), h('p', f'Written by crossfusion {versions(("crossfusion",))["crossfusion"]}.'))
     page = page_html(f'{title} (optimistic)' if r.metrics.get('optimistic') else title, top, [
         ('Question', h('p', QUESTION)), ('Cohort', cohort_section(r)), ('Protocol', protocol_section(r)), ('C-index', results_section(r, others)),
         ('Beyond the C-index', further_section(r)), ('Risk groups', groups_section(r)), ('Single patients', survival_section(r)), ('Training', training_section(r)),
-        ('A slide', heatmap_section(r, heatmap)), ('Best and worst', patients_section(r)), ('Settings', settings_section(r))])
+        ('Best and worst', patients_section(r)), ('Where it looked', maps_section(r, maps, edge)), ('A slide', heatmap_section(r, heatmap)),
+        ('Settings', settings_section(r))], bottom)
     out = Path(out or r.path/'report.html')
     write_text(out, page)
     return out
