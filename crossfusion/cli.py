@@ -4,28 +4,21 @@
 
 # %% ../nbs/70_cli.ipynb #29f74dd5
 from __future__ import annotations
-from functools import wraps
+import sys
+from pathlib import Path
 from .core import CrossFusionError, shell_errors
+from .shell import command, say
 with shell_errors():
     from fastcore.meta import delegates
-    from fastcore.script import call_parse
 
 # %% auto #0
-__all__ = ['command', 'demo', 'simulate', 'run_lines', 'extract', 'bags', 'folds', 'train', 'benchmark', 'evaluate', 'predict',
-           'heatmap', 'report']
-
-# %% ../nbs/70_cli.ipynb #b3c5ebc2
-def command(f):
-    "A function as a shell command: arguments by `call_parse`, errors by `shell_errors`"
-    @wraps(f)
-    def at_shell(*args, **kwargs):
-        with shell_errors(f'crossfusion_{f.__name__}'): f(*args, **kwargs)
-    return call_parse(at_shell)
+__all__ = ['demo', 'simulate', 'extract', 'bags', 'folds', 'run_results', 'run_lines', 'train', 'benchmark', 'evaluate',
+           'predict', 'heatmap', 'explorer', 'report']
 
 # %% ../nbs/70_cli.ipynb #632b68c3
-@command
+@command(example='--quick', folder='out')
 def demo(
-    out:str='crossfusion_demo', # folder for everything it makes
+    out:Path='crossfusion_demo', # folder for everything it makes
     quick:bool=False, # a one-minute version: too few patients to expect an answer
     seed:int=0,       # another seed, other patients
     n_workers:int=0,  # processes; 0 for one per core
@@ -35,14 +28,14 @@ def demo(
     run_demo(out, quick, seed, n_workers)
     print(demo_summary(out))
 
-@command
+@command(example='sim/ --n 200 --signal cross', folder='out')
 def simulate(
-    out:str,             # folder for the bags and cohort.csv
+    out:Path,            # folder for the bags and cohort.csv
     n:int=100,           # patients
     signal:str='cross',  # where the risk shows: 20x, 5x or cross
-    followup:str='',     # clinical table whose durations and events are kept; only the bags are invented
+    followup:Path=None,  # clinical table whose durations and events are kept; only the bags are invented
     explained:float=.8,  # with --followup: how far the hidden risk explains it, 0 to 1
-    seed:int=0,          # another seed, other patients
+    seed:int=0,          # another seed, another cohort
 ):
     "Make a cohort of simulated bags whose true risk is known, on simulated or real follow-up"
     from crossfusion.data.cohort import read_cohort
@@ -52,8 +45,36 @@ def simulate(
     print(f'{table.patient.nunique()} patients, {len(table)} slides: {out}')
 
 # %% ../nbs/70_cli.ipynb #efb2c1e1
+@command(example='slides/ bags/ --encoder efficientnet_lite0 --mpp 0.5', folder='out')
+def extract(
+    slides:Path,       # folder of slides, or one slide
+    out:Path,          # folder for the bag files, pictures and the log
+    encoder:str='efficientnet_lite0', # a name as in `encoder_named`, a TorchScript file, or module:function
+    weights:Path=None, # file of the encoder's weights, or the folder it lies in; default asks the hub
+    mpp:str='',        # um per level-0 px, where the files do not say or are wrong: a number, or a CSV table of slide,mpp
+    patch_px:int=256,  # side of a patch
+    input_px:int=0,    # side of a patch as the encoder sees it; 0 for the encoder's own
+    min_tissue:float=.25, # share of tissue that a 5x patch needs
+    masks:Path=None,   # folder of masks named after the slides, pictures or GeoJSON; default finds the tissue by its colour
+    keep_ink:bool=False, # take pen marks for tissue: for stains that look like ink
+    shard:str='',      # i/n, from 1/n to n/n: only every n-th slide, for the jobs of a cluster
+    batch_size:int=0,  # patches at once; 0 for 16, or 112 on a GPU
+    n_workers:int=0,   # processes; 0 for one per core
+    ray:str='',        # address of a Ray cluster that does the work: host:port, auto, or local to start one here
+    json:bool=False,   # print the log as JSON
+):
+    "Turn slides into bag files: tissue, one grid for 5x, 10x and 20x, features. Finished slides are skipped; several processes or machines may share a folder"
+    from crossfusion.wsi.extract import extract, log_text
+    options = {k: v for k,v in dict(weights=weights, input_px=input_px).items() if v}
+    log = extract([slides] if Path(slides).is_file() else slides, out, encoder, mpp, patch_px=patch_px, min_tissue=min_tissue, n_workers=n_workers or None,
+                  batch_size=batch_size or None, ray=ray, shard=shard, masks=masks, ink=not keep_ink, **options)
+    say(log_text(log), log.to_dict('records'), json)
+    bad = log[log.status == 'failed']
+    if len(bad): raise CrossFusionError(f'{len(bad)} of {len(log)} slides failed: {bad.slide.iloc[0]}: {bad.reason.iloc[0]}')
+
+# %% ../nbs/70_cli.ipynb #9b7c0275
 def _of_table(
-    slides:str=None,     # a second table of patient and slide, where the first has one row per patient
+    slides:Path=None,    # a second table of patient and slide, where the first has one row per patient
     patient:str=None,    # name of the table's column, where it is none of patient, case_id
     slide:str=None,      # of slide, slide_id
     duration:str=None,   # of duration, survival_months
@@ -71,7 +92,6 @@ def _of_bags(
 
 def _table_and_bags(cohort, bags, kwargs):
     "What both sets of options describe; what was noticed goes to stderr"
-    import sys
     from inspect import signature
     from crossfusion.data.bags import open_bags
     from crossfusion.data.cohort import cohort_notes, read_cohort
@@ -80,95 +100,82 @@ def _table_and_bags(cohort, bags, kwargs):
     for n in cohort_notes(table) if cohort else (): print(f'{cohort}: {n}', file=sys.stderr)
     return table, open_bags(bags, **given(_of_bags)) if bags else None
 
-# %% ../nbs/70_cli.ipynb #9b7c0275
-def run_lines(run, against=''):
-    "What a run found, in a few lines"
-    from crossfusion.core import RunFolder, read_json
-    from crossfusion.survival.metrics import compare, read_predictions
-    from crossfusion.training.crossval import metrics_line, optimism, optimism_line
-    lines,o = [metrics_line(read_json(RunFolder(run)/'metrics.json'))], optimism(run)
-    if o: lines.append(optimism_line(o))
-    if against:
-        d = compare(*(read_predictions(RunFolder(r)/'predictions.csv')['predictions'] for r in (run, against)))
-        lines.append(f"{run} - {against}: C-index {d['difference']:+.3f} (95 % interval {d['low']:+.3f} to {d['high']:+.3f}), p {d['p']:.2g}, {d['n']} patients")
-    return '\n'.join(lines)
-
-# %% ../nbs/70_cli.ipynb #cde0d885
-@command
-def extract(
-    slides:str,        # folder of slides, or one slide
-    out:str,           # folder for the bag files, pictures and the log
-    encoder:str='efficientnet_lite0', # a name as in `encoder_named`, a TorchScript file, or module:function
-    weights:str='',    # file of the encoder's weights, or the folder it lies in; default asks the hub
-    mpp:str='',        # um per level-0 px, where the files do not say or are wrong: a number, or a CSV table of slide,mpp
-    patch_px:int=256,  # side of a patch
-    input_px:int=0,    # side of a patch as the encoder sees it; 0 for the encoder's own
-    min_tissue:float=.25, # share of tissue that a 5x patch needs
-    masks:str='',      # folder of masks named after the slides, pictures or GeoJSON; default finds the tissue by its colour
-    keep_ink:bool=False, # take pen marks for tissue: for stains that look like ink
-    shard:str='',      # i/n, from 1/n to n/n: only every n-th slide, for the jobs of a cluster
-    batch_size:int=0,  # patches at once; 0 for 16, or 112 on a GPU
-    n_workers:int=0,   # processes; 0 for one per core
-    ray:str='',        # address of a Ray cluster that does the work: host:port, auto, or local to start one here
-):
-    "Turn slides into bag files: tissue, one grid for 5x, 10x and 20x, features. Finished slides are skipped; several processes or machines may share a folder"
-    from pathlib import Path
-    from crossfusion.wsi.extract import extract, log_text
-    options = {k: v for k,v in dict(weights=weights, input_px=input_px).items() if v}
-    log = extract([slides] if Path(slides).is_file() else slides, out, encoder, mpp, patch_px=patch_px, min_tissue=min_tissue, n_workers=n_workers or None,
-                  batch_size=batch_size or None, ray=ray, shard=shard, masks=masks or None, ink=not keep_ink, **options)
-    print(log_text(log))
-    bad = log[log.status == 'failed']
-    if len(bad): raise CrossFusionError(f'{len(bad)} of {len(log)} slides failed: {bad.slide.iloc[0]}: {bad.reason.iloc[0]}')
-
 # %% ../nbs/70_cli.ipynb #cc7e1b2d
-@command
+@command(example='bags/ --read')
 @delegates(_of_bags)
 def bags(
-    folder:str,      # bag files, or features of CLAM, TRIDENT, STAMP, slideflow or the published program
+    folder:Path,     # bag files, or features of CLAM, TRIDENT, STAMP, slideflow or the published program
     read:bool=False, # read every feature, too: finds NaN, and scales of different slides
+    json:bool=False, # print JSON
     **kwargs,
 ):
     "Say what a folder of features holds, and what is wrong with it; status 2 if something is"
     from crossfusion.data.bags import check_bags
     found = _table_and_bags(None, folder, kwargs)[1]
     summary,problems = check_bags(found, read)
-    print(f'layout {found.layout}\n{summary.to_string()}')
-    for slide,problem in problems.items(): print(f'{slide}: {problem}')
+    say('\n'.join([f'layout {found.layout}', summary.to_string(), *(f'{slide}: {problem}' for slide,problem in problems.items())]),
+        dict(layout=found.layout, summary=summary.to_dict(), problems=dict(problems)), json)
     if len(problems): raise CrossFusionError(f'{folder}: {len(problems)} of {len(found)} slides cannot be used')
 
-@command
+@command(example='cohort.csv folds/ --by_site', folder='out')
 @delegates(_of_table)
 def folds(
-    cohort:str,          # clinical table
-    out:str,             # folder for splits_0.csv, ...
+    cohort:Path,         # clinical table
+    out:Path,            # folder for splits_0.csv, ...
     n_folds:int=5,       # folds
     by_site:bool=False,  # keep each hospital's patients in one fold: TCGA's from the barcode, others from a column site
     repeats:int=1,       # so many times, with other seeds
     seed:int=0,          # another seed, other folds
+    json:bool=False,     # print JSON
     **kwargs,
 ):
     "Split patients into folds, stratified by time and outcome; say how many hospitals are on both sides"
-    from pathlib import Path
     from crossfusion.data.cohort import make_folds, shared_sites, write_splits
     table = _table_and_bags(cohort, None, kwargs)[0]
     made = make_folds(table, n_folds, seed, by_site, repeats)
     Path(out).mkdir(parents=True, exist_ok=True)
     write_splits(out, made)
-    try: print(shared_sites(made, table).to_string())
-    except CrossFusionError: print('\n'.join(f"fold {k}: {len(f['train'])} train, {len(f['test'])} test" for k,f in enumerate(made)))
+    try:
+        sites = shared_sites(made, table)
+        say(sites.to_string(), sites.reset_index().to_dict('records'), json)
+    except CrossFusionError:         # nobody says where the patients come from
+        sizes = [dict(fold=k, train=len(f['train']), test=len(f['test'])) for k,f in enumerate(made)]
+        say('\n'.join(f"fold {s['fold']}: {s['train']} train, {s['test']} test" for s in sizes), sizes, json)
 
 # %% ../nbs/70_cli.ipynb #8db3b4c2
-@command
+def run_results(
+    run:str|Path,          # a run folder
+    against:str|Path=None, # another one, on the same patients
+) -> dict: # metrics; optimism, of `optimism` or None; difference, of `compare`, where asked for
+    "What a run found"
+    from crossfusion.core import RunFolder, read_json
+    from crossfusion.survival.metrics import compare, read_predictions
+    from crossfusion.training.crossval import optimism
+    found = dict(run=str(run), metrics=read_json(RunFolder(run)/'metrics.json'), optimism=optimism(run))
+    if against: found['difference'] = dict(against=str(against)) | compare(*(read_predictions(RunFolder(r)/'predictions.csv')['predictions'] for r in (run, against)))
+    return found
+
+def run_lines(
+    found:dict, # of `run_results`
+) -> str:
+    "What a run found, in a few lines"
+    from crossfusion.training.crossval import metrics_line, optimism_line
+    lines,o,d = [metrics_line(found['metrics'])], found['optimism'], found.get('difference')
+    if o: lines.append(optimism_line(o))
+    if d: lines.append(f"{found['run']} - {d['against']}: C-index {d['difference']:+.3f} (95 % interval {d['low']:+.3f} to {d['high']:+.3f}), p {d['p']:.2g}, {d['n']} patients")
+    return '\n'.join(lines)
+
+# %% ../nbs/70_cli.ipynb #4ea3f5f0
+@command(example='cohort.csv bags/ run/ --model crossfusion --splits folds/', folder='out')
 @delegates(_of_table)
 def train(
-    cohort:str,          # clinical table: patient, slide, duration (months), event; or a TCGA table
-    bags:str,            # folder of bag files, or another tool's features
-    out:str,             # the run folder
+    cohort:Path,         # clinical table: patient, slide, duration (months), event; or a TCGA table
+    bags:Path,           # folder of bag files, or another tool's features
+    out:Path,            # the run folder
     model:str='crossfusion', # crossfusion, amil, or another of `model_names()`
     protocol:str='nested', # who chooses the epoch: nested (a part of the training patients), fixed (nobody), published (the reported ones: optimistic)
     recipe:str='default', # how to train: default or published
-    splits:str='',       # folder with splits_0.csv ...; default folds of our own
+    splits:Path=None,    # folder with splits_0.csv ...; default folds of our own
     n_folds:int=5,       # folds, without --splits
     by_site:bool=False,  # folds keep each hospital's patients together, without --splits
     cuts:str='training', # edges of the time bins: from training patients, or published (from all slides, as the published program)
@@ -185,45 +192,51 @@ def train(
     layout:str=None,     # whose features: ours, clam, trident, stamp, slideflow; default: looked up
     mag:float=None,      # their magnification, where they do not tell
     encoder:str=None,    # which of several
+    json:bool=False,     # print JSON
     **kwargs,
 ):
     "Train and score every fold; run again to go on after a stop. `accelerate launch $(which crossfusion_train) ...` trains on all GPUs of a machine"
-    import sys
-    from crossfusion.data.cohort import make_folds, read_splits
     from crossfusion.training.crossval import cross_validate
     from crossfusion.training.learner import recipe_named
     table,opened = _table_and_bags(cohort, bags, kwargs | dict(layout=layout, mag=mag, encoder=encoder))
-    given = read_splits(splits, table) if splits else None
-    for n in given.notes if splits else (): print(f'{splits}: {n}', file=sys.stderr)
-    changes = dict(bs=bs, n_patches=n_patches) | ({'n_epoch': n_epoch} if n_epoch else {})
-    done = cross_validate(table, opened, out, model, given*repeats if splits else make_folds(table, n_folds, seed, by_site, repeats), protocol,
-                          recipe_named(recipe, **changes), seed=seed, n_workers=n_workers, ray=ray, gpu_share=gpu_share, cuts=cuts, cache=cache, **({'embed_dim': embed_dim} if embed_dim else {}))
-    if done: print(run_lines(out))
+    how = recipe_named(recipe, bs=bs, n_patches=n_patches, **({'n_epoch': n_epoch} if n_epoch else {}))
+    done = cross_validate(table, opened, out, model, _folds(table, splits, n_folds, seed, by_site, repeats), protocol, how, seed=seed, n_workers=n_workers, ray=ray,
+                          gpu_share=gpu_share, cuts=cuts, cache=cache, **({'embed_dim': embed_dim} if embed_dim else {}))
+    if done:
+        found = run_results(out)
+        say(run_lines(found), found, json)
+
+def _folds(table, splits, n_folds, seed, by_site, repeats=1):
+    "Folds of the user's own, with what was noticed about them, or made here"
+    from crossfusion.data.cohort import make_folds, read_splits
+    if not splits: return make_folds(table, n_folds, seed, by_site, repeats)
+    given = read_splits(splits, table)
+    for n in given.notes: print(f'{splits}: {n}', file=sys.stderr)
+    return given*repeats
 
 # %% ../nbs/70_cli.ipynb #85df95ff
-@command
+@command(example='cohort.csv bags/ table/ --models crossfusion,amil,patch_gcn', folder='out')
 @delegates(_of_table)
 def benchmark(
-    cohort:str,          # clinical table
-    bags:str,            # folder of bag files, or another tool's features
-    out:str,             # folder; each model gets a run folder in it
+    cohort:Path,         # clinical table
+    bags:Path,           # folder of bag files, or another tool's features
+    out:Path,            # folder; each model gets a run folder in it
     models:str='table1', # names with commas between, as `crossfusion_train --model` takes them; table1: the twelve of the paper
     reference:str='crossfusion', # the model that the others are compared with
     small:bool=False,    # shrink every model to about 64 numbers a patch: for a CPU
     protocol:str='nested', # who chooses the epoch: nested, fixed or published (optimistic)
     recipe:str='default', # how to train: default or published
-    splits:str='',       # folder with splits_0.csv ...; default folds of our own
+    splits:Path=None,    # folder with splits_0.csv ...; default folds of our own
     n_folds:int=5,       # folds, without --splits
     by_site:bool=False,  # folds keep each hospital's patients together, without --splits
     n_epoch:int=0,       # passes over the training patients; 0 for as many as the recipe says
     seed:int=0,          # another seed, other weights and folds
     n_workers:int=1,     # folds trained side by side
     ray:str='',          # address of a Ray cluster that trains the folds
+    json:bool=False,     # print JSON
     **kwargs,
 ):
     "Train several models on the same folds and compare them: table as CSV and Markdown, and a figure; run again to go on after a stop"
-    from pathlib import Path
-    from crossfusion.data.cohort import make_folds, read_splits
     from crossfusion.models.registry import TABLE_1, small as shrunk
     from crossfusion.training.benchmark import as_markdown, benchmark
     from crossfusion.training.learner import recipe_named
@@ -231,81 +244,108 @@ def benchmark(
     table,opened = _table_and_bags(cohort, bags, kwargs)
     names = TABLE_1 if models == 'table1' else models.split(',')
     t = benchmark(table, opened, out, names, {m: shrunk(m) for m in names} if small else None, reference, protocol=protocol, seed=seed, n_workers=n_workers, ray=ray,
-                  recipe=recipe_named(recipe, **({'n_epoch': n_epoch} if n_epoch else {})), folds=read_splits(splits, table) if splits else make_folds(table, n_folds, seed, by_site))
+                  recipe=recipe_named(recipe, **({'n_epoch': n_epoch} if n_epoch else {})), folds=_folds(table, splits, n_folds, seed, by_site))
     write_comparison(t, Path(out)/'comparison.png')
-    print(as_markdown(t))
+    say(as_markdown(t), t.to_dict('records'), json)
     failed = t[t.problem != '']
     if len(failed): raise CrossFusionError(f'{len(failed)} of {len(t)} models failed: {failed.model.iloc[0]}: {failed.problem.iloc[0]}')
 
 # %% ../nbs/70_cli.ipynb #be2a74f9
-@command
+@command(example='run/ --against run_amil/')
 def evaluate(
-    run:str, # a run folder, or with --predictions a CSV file
+    run:Path, # a run folder, or with --predictions a CSV file
     predictions:bool=False, # judge a file of predictions, ours or another program's: a row per patient and fold
-    against:str='', # another run folder on the same folds: the paired difference of the two
+    against:Path=None, # another run folder on the same folds: the paired difference of the two
+    json:bool=False,   # print JSON: everything that was measured
 ):
     "Judge predictions and print what comes out: of a run in a line, of a file also fold by fold"
     from crossfusion.core import RunFolder
     from crossfusion.survival.evaluation import evaluate
     from crossfusion.survival.metrics import c_index_folds, read_predictions
     from crossfusion.training.crossval import metrics_line, score
-    if not predictions:
+    if predictions:
+        judged = {name: dict(metrics=evaluate(table), folds=c_index_folds(table)) for name,table in read_predictions(run).items()}
+        fold_line = lambda f: f"  fold {f['fold']}: C-index {f['c_index']!r}, {f['n']} patients, {f['events']} deaths"
+        say('\n'.join('\n'.join([f'{name}: {metrics_line(j["metrics"])}', *map(fold_line, j['folds'])]) for name,j in judged.items()), judged, json)
+    else:
         score(RunFolder(run))
-        return print(run_lines(run, against))
-    for name,table in read_predictions(run).items():
-        print(f'{name}: {metrics_line(evaluate(table))}')
-        for f in c_index_folds(table): print(f"  fold {f['fold']}: C-index {f['c_index']!r}, {f['n']} patients, {f['events']} deaths")
+        found = run_results(run, against)
+        say(run_lines(found), found, json)
 
-@command
+# %% ../nbs/70_cli.ipynb #e55b9e25
+@command(example='run/ new_bags/ --out new.csv')
 @delegates(_of_bags)
 def predict(
-    run:str,    # a run folder
-    bags:str,   # folder of bag files, or another tool's features
-    out:str='', # CSV file to write; default prints the table
+    run:Path,      # a run folder
+    bags:Path,     # folder of bag files, or another tool's features
+    out:Path=None, # CSV file to write; default prints the table
     fast:bool=False, # as fast as this machine can; hazards may move by some thousandths
+    json:bool=False, # print JSON
     **kwargs,
 ):
     "Predict slides with all folds of a run together"
     from crossfusion.core import write_text
     from crossfusion.training.crossval import predict
     table = predict(run, _table_and_bags(None, bags, kwargs)[1], fast=fast)
-    write_text(out, table.to_csv(index=False, float_format='%.6g')) if out else print(table.to_string(index=False))
+    if out: write_text(out, table.to_csv(index=False, float_format='%.6g'))
+    if json or not out: say(table.to_string(index=False), table.to_dict('records'), json)
 
-@command
+# %% ../nbs/70_cli.ipynb #94aed4a7
+@command(example='run/ slides/one.svs bags/ --export one_maps/')
 @delegates(_of_bags)
 def heatmap(
-    run:str,       # a run folder
-    slide:str,     # the slide's file
-    bags:str,      # folder with its bag file, or another tool's features
-    out:str='',    # picture to write; default figures/<slide>_attention.png in the run folder
-    stages:str='', # which maps, separated by commas, or all; default the four of the paper, or all of another model
+    run:Path,       # a run folder
+    slide:Path,     # the slide's file
+    bags:Path,      # folder with its bag file, or another tool's features
+    out:Path=None,  # picture to write; default figures/<slide>_attention.png in the run folder
+    stages:str='',  # which maps, separated by commas, or all; default the four of the paper, or all of another model
     scale:str='rank', # colours by rank, or proportional: clip
     smooth:bool=False, # blend neighbouring patches
-    insets:int=4,  # strongest patches shown in their own pixels
-    export:str='', # folder for GeoJSON (QuPath), pyramidal overlays, a table of the top patches and contact sheets
+    insets:int=4,   # strongest patches shown in their own pixels
+    export:Path=None, # folder for GeoJSON (QuPath), pyramidal overlays, a table of the top patches and contact sheets
     occlusion:int=0, # also draw how the risk changes without regions of so many 5x patches' side
     edge:bool=False, # also print how much of the attention lies at the edge of the tissue
     **kwargs,
 ):
-    "Draw what the models of a run look at, over the slide"
+    "Draw what the models of a run look at, over the slide; print the names of the files"
+    from crossfusion.viz.checks import edge_of_run, write_occlusion
+    from crossfusion.viz.export import write_exports
     from crossfusion.viz.heatmaps import write_heatmap
     where = dict(slide=slide, bags=_table_and_bags(None, bags, kwargs)[1], mpp=kwargs.get('mpp'))
-    print(write_heatmap(run, out=out or None, stages=stages or None, scale=scale, smooth=smooth, insets=insets, **where))
-    if export:
-        from crossfusion.viz.export import write_exports
-        for path in write_exports(run, out=export, stages=stages or None, scale=scale, **where): print(path)
-    if occlusion or edge:
-        from pathlib import Path
-        from crossfusion.viz.checks import edge_of_run, write_occlusion
-        if occlusion: print(write_occlusion(run, cells=occlusion, **where))
-        if edge: print(edge_of_run(run, where['bags'], [Path(slide).stem]).to_string(index=False, float_format='%.3f'))
+    print(write_heatmap(run, out=out, stages=stages or None, scale=scale, smooth=smooth, insets=insets, **where))
+    for path in write_exports(run, out=export, stages=stages or None, scale=scale, **where) if export else (): print(path)
+    if occlusion: print(write_occlusion(run, cells=occlusion, **where))
+    if edge: print(edge_of_run(run, where['bags'], [Path(slide).stem]).to_string(index=False, float_format='%.3f'))
 
-@command
+@command(example='run/ slides/ bags/')
+def explorer(
+    run:Path,      # a run folder
+    slides:Path,   # folder of slides
+    bags:Path,     # folder with their bag files
+    out:Path=None, # the notebook; default explorer.ipynb in the run folder
+    mpp:float=None, # um per level-0 px, where the files do not tell
+):
+    "Write a notebook in which slides and maps are looked at with the mouse: open it in JupyterLab, or serve it by `voila`"
+    from crossfusion.viz.explorer import write_app
+    print(f'voila {write_app(run, slides, bags, out, mpp)}')
+
+# %% ../nbs/70_cli.ipynb #12e09508
+@command(example='run/ --compare run_amil/,run_dsmil/ --slides slides/ --bags bags/')
+@delegates(_of_bags)
 def report(
-    run:str,       # a run folder
-    compare:str='', # another run folder on the same patients
-    out:str='',    # the page; default report.html in the run folder
+    run:Path,         # a run folder
+    compare:str='',   # other run folders on the same patients, separated by commas
+    out:Path=None,    # the page; default report.html in the run folder
+    slides:Path=None, # folder of slides: with --bags, the patients predicted best and worst are shown with their maps
+    bags:Path=None,   # folder with their bag files, or another tool's features
+    edge:bool=False,  # with --bags: look for attention at the edge of the tissue in all slides; takes as long as predicting them
+    **kwargs,
 ):
     "Write a run as one self-contained HTML page"
+    from crossfusion.core import write_text
     from crossfusion.viz.report import write_report
-    print(write_report(run, others=[compare] if compare else [], out=out or None))
+    opened = _table_and_bags(None, bags, kwargs)[1]
+    if edge:
+        from crossfusion.viz.checks import edge_of_run
+        write_text(Path(run)/'edge.csv', edge_of_run(run, opened or {}).to_csv(index=False, float_format='%.6g'))
+    print(write_report(run, [Path(o) for o in compare.split(',') if o], out, slides=slides, bags=opened if slides or not edge else None, mpp=kwargs.get('mpp')))

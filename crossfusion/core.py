@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['MAGS', 'MAG_COLORS', 'LOW_RISK', 'HIGH_RISK', 'mag_to_mpp', 'CrossFusionError', 'expect', 'error_line',
-           'shell_errors', 'atomic_path', 'write_text', 'write_json', 'read_json', 'derive_seed', 'rng', 'set_seed',
-           'progress', 'in_parallel', 'versions', 'fingerprint', 'RunFolder']
+__all__ = ['MAGS', 'MAG_COLORS', 'LOW_RISK', 'HIGH_RISK', 'ISSUES', 'mag_to_mpp', 'CrossFusionError', 'expect', 'error_line',
+           'shell_errors', 'atomic_path', 'write_text', 'json_text', 'write_json', 'read_json', 'derive_seed', 'rng',
+           'set_seed', 'progress', 'in_parallel', 'versions', 'fingerprint', 'RunFolder']
 
 # %% ../nbs/00_core.ipynb #a130fe4b
 MAGS = (5, 10, 20) # coarse, source, fine
@@ -60,11 +60,13 @@ def error_line(
     return None, 1
 
 # %% ../nbs/00_core.ipynb #ef5edfa5
+ISSUES = 'https://github.com/crossfusion/crossfusion/issues'
+
 @contextmanager
 def shell_errors(
     prog:str='crossfusion', # name that starts the line
 ):
-    "Inside, what a user can mend becomes one line on stderr and exit status 2 (130 for Ctrl-C)"
+    "Inside, what a user can mend becomes one line on stderr and exit status 2 (130 for Ctrl-C); anything else is status 1, with its traceback"
     try:
         yield
         sys.stdout.flush()
@@ -73,7 +75,9 @@ def shell_errors(
         raise SystemExit(1) from None
     except (Exception, KeyboardInterrupt) as e:
         line,status = error_line(e)
-        if line is None: raise
+        if line is None:
+            print(f'{prog}: something that we should mend. Please report it with the lines below: {ISSUES}', file=sys.stderr)
+            raise
         print(f'{prog}: {line}', file=sys.stderr)
         raise SystemExit(status) from None
 
@@ -119,12 +123,18 @@ def write_text(
     "Write a text file whole or not at all"
     with atomic_path(path) as part: part.write_text(text, encoding='utf-8')
 
+def json_text(
+    obj, # what JSON can hold; numpy numbers and arrays included, anything else as its `str`
+) -> str:
+    "JSON, keys in their order"
+    return json.dumps(obj, indent=1, default=lambda o: o.tolist() if hasattr(o, 'tolist') else str(o))
+
 def write_json(
     path:str|Path, # file to write
     obj,           # what JSON can hold; numpy numbers and arrays included
 ):
     "Write JSON whole or not at all, keys in their order"
-    write_text(path, json.dumps(obj, indent=1, default=lambda o: o.tolist() if hasattr(o, 'tolist') else str(o)) + '\n')
+    write_text(path, json_text(obj) + '\n')
 
 def read_json(
     path:str|Path, # file to read
@@ -245,7 +255,7 @@ class RunFolder:
         settings:dict, # everything that decides the result: options, seed, data fingerprint
     ) -> 'RunFolder':
         "Begin the run, or go on with it if its settings are the same"
-        settings = json.loads(json.dumps(settings, default=lambda o: o.tolist() if hasattr(o, 'tolist') else str(o)))
+        settings = json.loads(json_text(settings))
         if (self.path/'config.json').exists():
             old = self.config['settings']
             for k in [*settings, *(o for o in old if o not in settings)]:

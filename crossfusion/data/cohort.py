@@ -221,6 +221,7 @@ def split_patients(
     label,count = np.unique(strata, return_counts=True)
     rare = np.isin(strata, label[count < n_splits])
     strata = np.where(rare, patients.event.to_numpy().astype(int) - 2, strata)  # rare ones are joined by event
+    if np.unique(strata, return_counts=True)[1].max() < n_splits: strata[:] = 0         # and too few of each to be told apart at all
     part = np.zeros(len(patients), int)
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold   # slow to import, and most commands make no folds
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold

@@ -142,7 +142,7 @@ def simulate_cohort(
     explained:float=.8,  # with `followup`: how far the latent risk explains it, 0 to 1
     seed:int=0,          # another seed, another cohort
     **kwargs,            # of `simulate_bag`: contrast, look, n_features
-) -> tuple: # table (patient, slide, duration, event, true_risk), and dict slide -> Bag
+) -> tuple: # table (patient, slide, duration, event, true_risk, and what else `followup` has), and dict slide -> Bag
     "Patients whose true risk is known, with their bags"
     if followup is None:
         z = np.clip(rng(seed, 'risk').normal(size=n), -2, 2)
@@ -154,7 +154,8 @@ def simulate_cohort(
         z = np.clip(risk_from_followup(first.duration, first.event, explained, seed), -2, 2)
         slides = followup.merge(pd.DataFrame(dict(patient=first.patient, true_risk=z)), on='patient')
         effect = 1.
-    table = slides[['patient','slide','duration','event','true_risk']].sort_values(['patient','slide'], ignore_index=True)
+    first = ['patient','slide','duration','event','true_risk']
+    table = slides[[*first, *(c for c in slides if c not in first)]].sort_values(['patient','slide'], ignore_index=True)
     return table, {s: simulate_bag(s, risk/effect, signal, seed=seed, **kwargs) for s,risk in zip(table.slide, table.true_risk)}
 
 # %% ../../nbs/02_simulate.bags.ipynb #9107030b

@@ -28,7 +28,8 @@ from .learner import Recipe, Standardised, fit_recipe, recipe_named, survival_le
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'inner_split', 'training_sides', 'predict_patients', 'new_model', 'train_fold', 'cross_validate', 'score',
-           'metrics_line', 'twins', 'optimism', 'optimism_line', 'load_fold', 'own_folds', 'predict', 'attention']
+           'metrics_line', 'twins', 'optimism', 'optimism_line', 'load_fold', 'own_folds', 'speakers', 'predict',
+           'attention']
 
 # %% ../../nbs/51_training.crossval.ipynb #1736757c
 PROTOCOLS = ('nested','published','fixed')
@@ -199,10 +200,12 @@ def score(
     run:RunFolder, # a run whose folds are done
 ) -> dict: # the metrics, as in metrics.json
     "Gather the folds' predictions and judge them; write predictions.csv and metrics.json"
-    folds,cohort = read_json(run/'folds.json'), pd.read_csv(run/'cohort.csv', dtype={'patient': str, 'slide': str})
-    table = pd.concat([pd.read_csv(run.fold(k)/'predictions.csv', dtype={'patient': str}) for k in range(len(folds))], ignore_index=True)
+    s,files = run.config['settings'], [run.fold(k)/'predictions.csv' for k in range(len(read_json(run/'folds.json')))]
+    done,cohort = [f for f in files if f.exists()], pd.read_csv(run/'cohort.csv', dtype={'patient': str, 'slide': str})
+    expect(done == files, str(run.path), f'{len(files)} finished folds', f'{len(done)}', 'Finish the training first: the same command goes on.')
+    table = pd.concat([pd.read_csv(f, dtype={'patient': str}) for f in files], ignore_index=True)
     truth = patients_of(cohort).set_index('patient').true_risk if 'true_risk' in cohort else None
-    metrics = evaluate(table, expected=sorted(cohort.patient.unique()), truth=truth, protocol=run.config['settings']['protocol'])
+    metrics = evaluate(table, expected=sorted(cohort.patient.unique()), truth=truth, protocol=s['protocol'])
     clinical = [c for c in CLINICAL if c in cohort]
     if clinical:
         try: metrics['added_value'] = added_value(table, patients_of(cohort)[['patient', *clinical]])
@@ -276,11 +279,16 @@ def own_folds(
     folds,cohort = read_json(run/'folds.json'), pd.read_csv(run/'cohort.csv', dtype={'patient': str, 'slide': str})
     return {s: [k for k,f in enumerate(folds) if p in f['test']] for p,s in zip(cohort.patient, cohort.slide)}
 
-def _check_kind(run, bag):
-    "A bag for a model must be of the kind that the model learned from"
-    s = run.config['settings']
+def speakers(
+    run:RunFolder, # a run
+    bag:Bag,       # of one slide
+    own:dict=None, # of `own_folds`, where it is at hand
+) -> list: # numbers of folds
+    "Whose models may speak about a slide: those that have not seen its patient; all of them for a new slide"
+    s,own = run.config['settings'], own_folds(run) if own is None else own
     for what,found in (('encoder',bag.encoder), ('n_features',bag.n_features), ('patch_px',bag.patch_px), ('mags',list(bag.mags))):
         expect(found == s[what], f'{bag.slide} for {run.path}', f'{what} {s[what]}', found, 'Extract the slide as the run\'s slides were.')
+    return own.get(bag.slide) or list(range(len(read_json(run/'folds.json'))))
 
 # %% ../../nbs/51_training.crossval.ipynb #e5c60570
 def _batch(bag):
@@ -300,8 +308,8 @@ def predict(
     models = [load_fold(run, k) for k in range(len(read_json(run/'folds.json')))]
     if fast: models = [(m.fast(), f) for m,f in models]
     for slide in progress(list(bags if slides is None else slides), 'predicting', unit='slide'):
-        bag = bags[slide]; _check_kind(run, bag)
-        speak = [models[k] for k in own.get(slide) or range(len(models))]
+        bag = bags[slide]
+        speak = [models[k] for k in speakers(run, bag, own)]
         logits = torch.cat([m(*_batch(bag)) for m,_ in speak]).float().cpu()
         risk,s = logits_to_risk(logits), logits_to_survival(logits).mean(0)
         high = np.mean([r.item() > f['train_median'] for r,(_,f) in zip(risk, speak)])
@@ -317,7 +325,5 @@ def attention(
 ) -> dict: # stage -> mag -> (n,) importance per patch, sums to 1
     "Importance of each patch, by stage and magnification"
     run = _as_run(run)
-    _check_kind(run, bag)
-    speak = own_folds(run).get(bag.slide) or range(len(read_json(run/'folds.json')))
-    maps = [load_fold(run, k)[0].attention(*_batch(bag)) for k in speak]
+    maps = [load_fold(run, k)[0].attention(*_batch(bag)) for k in speakers(run, bag)]
     return {stage: {m: np.mean([np.asarray(o[stage][m].cpu()) for o in maps], 0) for m in maps[0][stage]} for stage in maps[0]}
