@@ -1,4 +1,4 @@
-"""Is everything in step with the notebooks? The modules, clean notebooks, the site's lists of pages and README.md are made
+"""Is everything in step with the notebooks? The modules, clean notebooks, the site's settings and README.md are made
 anew in a copy of the checkout; whatever then differs is named, with exit status 1. --fix does the same in the checkout itself.
 """
 import argparse, json, os, re, shutil, subprocess, sys, tempfile
@@ -33,7 +33,7 @@ def regenerate(tree):
     here = Path(sys.executable).parent
     quarto = 'from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()'
     wrong = []
-    for cmd in ([here/'nbdev_export'], [here/'nbdev_clean'], [here/'nbdev_sidebar'], [sys.executable, '-c', quarto], [sys.executable, 'tools/readme.py']):
+    for cmd in ([here/'nbdev_export'], [here/'nbdev_clean'], [sys.executable, '-c', quarto], [sys.executable, 'tools/readme.py']):
         r = subprocess.run(cmd, cwd=tree, env=env, capture_output=True, text=True)
         if r.returncode: wrong.append(f'{Path(cmd[0]).name} {" ".join(cmd[1:])} fails: {(r.stderr or r.stdout).strip().splitlines()[-1]}')
     return wrong

@@ -19,24 +19,35 @@ from ..survival.metrics import compare
 from .crossval import cross_validate, load_fold
 
 # %% auto #0
-__all__ = ['COLUMNS', 'cost', 'holm', 'comparison', 'benchmark', 'as_markdown']
+__all__ = ['COLUMNS', 'pass_cost', 'cost', 'holm', 'comparison', 'benchmark', 'as_markdown']
 
 # %% ../../nbs/52_training.benchmark.ipynb #c98431f7
-def _measure(run, bag, threads):
-    "Seconds and MiB for a pass of the first fold's model over a bag; run in a process of its own"
+def _peak_memory(reset=False):
+    "Most memory that this process has had, in bytes; on Linux since the last reset"
+    try:
+        if reset: Path('/proc/self/clear_refs').write_text('5')
+        return next(int(o.split()[1])*1024 for o in Path('/proc/self/status').read_text().splitlines() if o.startswith('VmHWM'))
+    except (OSError, StopIteration): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+
+def pass_cost(
+    model,          # `model(features, coords) -> logits`
+    bag:Bag,        # the slide to answer
+    threads:int=1,  # torch threads
+) -> dict: # parameters, seconds (the best of three), peak_mib (over what the process had before), patches, threads, device
+    "What one pass costs; memory is right in a fresh process only"
     torch.set_num_threads(threads)
-    model,_ = load_fold(RunFolder(run), 0)
     inputs = [x and {m: o[None].to(next(model.parameters()).device) for m,o in x.items()} for x in bag_inputs(bag)]
-    rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
     def seconds():
         start = time.perf_counter(); model(*inputs)
         if torch.cuda.is_available(): torch.cuda.synchronize()
         return time.perf_counter() - start
     with torch.no_grad():
-        before = rss(); seconds()
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else rss() - before
+        before = _peak_memory(reset=True); seconds()
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_memory() - before
         return dict(seconds=min(seconds() for _ in range(3)), peak_mib=peak/2**20, patches={str(m): len(f) for m,f in bag.features.items()}, threads=threads,
                     device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU', parameters=sum(p.numel() for p in model.parameters()))
+
+def _measure(run, bag, threads): return pass_cost(load_fold(RunFolder(run), 0)[0], bag, threads)
 
 def cost(
     run:str|Path, # a run folder whose first fold is done

@@ -376,6 +376,7 @@ def write_app(
 ) -> Path: # the notebook, to be opened in JupyterLab or served by `voila`
     "Write the explorer of a run as a notebook"
     run = Path(getattr(run, 'path', run))
+    RunSlides(run, slides, bags, mpp)   # what is wrong is said now, not in the browser
     places = ', '.join(repr(str(Path(o).resolve())) for o in (run, slides, bags))
     source = f'from crossfusion.viz.explorer import Explorer\nExplorer({places}, mpp={mpp!r}).app'
     cell = dict(cell_type='code', id='explorer', execution_count=None, metadata={}, outputs=[], source=source)
