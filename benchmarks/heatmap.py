@@ -40,15 +40,18 @@ def draw():
     "Seconds and GiB of this process for the largest slide, from attention to files"
     from crossfusion.viz.checks import edge_attention
     from crossfusion.viz.export import top_patches, write_geojson, write_overlay
+    from crossfusion.viz.explorer import SlideMaps, map_image, patch_at
     from crossfusion.viz.heatmaps import heatmap_figure
     slide, bag = largest()
     seen = {s: {m: rng(0, s).dirichlet(np.ones(len(bag.coords[m])))} for s, m in (('cross_5x', 5), ('cross_20x', 20), ('pad_10x', 10), ('final', 10))}
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
+    open_slide = SlideMaps(slide, bag, seen, slide.thumbnail(900))
     out, d = dict(patches={m: len(c) for m, c in bag.coords.items()}, before_gib=peak()), Path(tempfile.mkdtemp())
     for what, f in {'four maps to PNG': lambda: heatmap_figure(slide, bag, seen).savefig(d/'a.png', dpi=150),
                     'smooth': lambda: heatmap_figure(slide, bag, seen, smooth=True).savefig(d/'b.png', dpi=150),
                     'edge check': lambda: edge_attention(bag, seen), 'table': lambda: top_patches(bag, seen),
                     'GeoJSON': lambda: write_geojson(d/'a.geojson', bag, seen),
+                    'explorer: redraw': lambda: map_image(open_slide, 'cross_20x', 20, .7, 50), 'explorer: click': lambda: patch_at(bag, 20, bag.width/2, bag.height/2),
                     'overlay, 20x': lambda: write_overlay(d/'a.tiff', slide, bag, seen['cross_20x'][20], 20)}.items():
         start = time.perf_counter(); f()
         out[what] = dict(seconds=round(time.perf_counter() - start, 2), peak_gib=round(peak(), 2))

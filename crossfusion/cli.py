@@ -265,7 +265,7 @@ def evaluate(
     from crossfusion.training.crossval import metrics_line, score
     if predictions:
         judged = {name: dict(metrics=evaluate(table), folds=c_index_folds(table)) for name,table in read_predictions(run).items()}
-        fold_line = lambda f: f"  fold {f['fold']}: C-index {f['c_index']!r}, {f['n']} patients, {f['events']} deaths"
+        fold_line = lambda f: f"  fold {f['fold']}: C-index {f['c_index']:.3f}, {f['n']} patients, {f['events']} deaths"
         say('\n'.join('\n'.join([f'{name}: {metrics_line(j["metrics"])}', *map(fold_line, j['folds'])]) for name,j in judged.items()), judged, json)
     else:
         score(RunFolder(run))
@@ -315,7 +315,7 @@ def heatmap(
     print(write_heatmap(run, out=out, stages=stages or None, scale=scale, smooth=smooth, insets=insets, **where))
     for path in write_exports(run, out=export, stages=stages or None, scale=scale, **where) if export else (): print(path)
     if occlusion: print(write_occlusion(run, cells=occlusion, **where))
-    if edge: print(edge_of_run(run, where['bags'], [Path(slide).stem]).to_string(index=False, float_format='%.3f'))
+    if edge: print(edge_of_run(run, where['bags'], [Path(slide).stem]).to_string(index=False, float_format='%.3f', na_rep='-'))
 
 @command(example='run/ slides/ bags/')
 def explorer(

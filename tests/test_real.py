@@ -1,4 +1,6 @@
 "Real slides and real follow-up, by the shell, as a user would"
+import json
+
 import pandas as pd, pytest
 from conftest import root
 
@@ -44,9 +46,8 @@ published = data/'published'/'predictions.csv.gz'
 @pytest.mark.skipif(not published.exists(), reason='the published predictions are not there')
 def test_published_predictions(shell):
     "Fold by fold the C-index that was published, to the last digit"
-    import re
-    said = ok(shell, 'crossfusion_evaluate', '--predictions', published)
-    ours = [float(c) for c in re.findall(r'fold \d: C-index ([\d.]+),', said)]
+    said = json.loads(ok(shell, 'crossfusion_evaluate', '--predictions', published, '--json'))
+    ours = [f['c_index'] for model in said.values() for f in model['folds']]
     known = pd.read_csv(published.with_name('val_cindex.csv')).sort_values(['repo', 'cohort', 'model', 'fold']).val_cindex
     assert len(ours) == len(known) == 75 and max(abs(a - b) for a,b in zip(ours, known)) < 1e-12
 

@@ -111,6 +111,7 @@ def _common_step(coords):
 def _only(folder, choices, encoder, what='encoder'):
     "The one of several encoders that is meant"
     choices = sorted(choices)
+    expect(choices, str(folder), f'features of some {what}', 'none', 'Check the path and the layout.')
     if encoder: expect(encoder in choices, str(folder), f'{what} {encoder}', ', '.join(choices))
     expect(encoder or len(choices) == 1, str(folder), f'features of one {what}', ', '.join(choices), f'Name one: encoder={choices[0]!r}.')
     return encoder or choices[0]

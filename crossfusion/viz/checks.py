@@ -45,7 +45,7 @@ def edge_attention(
     for stage,mag,scores in list_maps(attention, stages):
         scores,edge = check_scores(bag, scores, mag), edge_band(bag, mag, width)
         area,share = edge.mean(), scores[edge].sum()/scores.sum()
-        rows.append(dict(stage=stage, mag=mag, patches=len(edge), area=area, attention=share, ratio=share/area))
+        rows.append(dict(stage=stage, mag=mag, patches=len(edge), area=area, attention=share, ratio=share/area if area < 1 else np.nan))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/61b_viz.checks.ipynb #8bb517a5
@@ -186,4 +186,4 @@ def write_occlusion(
     run = RunFolder(getattr(run, 'path', run))
     with slide_and_bag(slide, bags, mpp) as (s,bag):
         ax = plot_occlusion(s, bag, *occlusion(run, bag, cells))
-        return save_figure(ax.figure, out or run/'figures'/f'{s.name}_occlusion.png')
+        return save_figure(ax.figure, out or run/'figures'/f'{s.name}_occlusion.png', bbox_inches='tight')

@@ -182,7 +182,7 @@ def write_exports(
     with slide_and_bag(slide, bags, mpp) as (s,bag):
         seen = attention(run, bag)
         maps,out = list_maps(seen, stages), Path(out or run/'figures'/s.name)
-        files = [write_geojson(out/f'{s.name}.geojson', bag, {st: seen[st] for st,*_ in maps}), out/f'{s.name}_top.csv']
+        files = [write_geojson(out/f'{s.name}.geojson', bag, {st: seen[st] for st,*_ in maps}, mags=sorted({m for _,m,_ in maps})), out/f'{s.name}_top.csv']
         write_text(files[1], top_patches(bag, seen, stages=stages).to_csv(index=False, float_format='%.6g'))
         for st,mag,scores in maps:
             files.append(write_overlay(out/f'{s.name}_{st}_{mag}x.tiff', s, bag, scores, mag, scale, shrink))

@@ -227,7 +227,7 @@ def heatmap_figure(
     for ax in axs.flat[len(maps)+1:]: ax.axis('off')
     plot_slide(slide, axs.flat[0], thumb=thumb).set_title(slide.name, fontsize=9)
     for ax,(s,m,x) in zip(axs.flat[1:], maps):
-        plot_heatmap(slide, bag, x, m, ax, scale, smooth, max_px=max_px, color_bar=scale != 'rank', thumb=thumb)
+        plot_heatmap(slide, bag, x, m, ax, scale, smooth, max_px=max_px, color_bar=scale != 'rank', thumb=thumb, label=in_units(x)[1].replace(' patch', ''))
         ax.set_title(f'{stage_title(s)}\n{ax.get_title().replace(" the average patch", " average")}', fontsize=8)
     if scale == 'rank': _color_bar(top, axs, scale, *scale_scores(scores)[1:], location='bottom', shrink=.5, aspect=40, pad=.02)
     for ax in (axs.flat[0], axs.flat[len(maps)]): _mark(ax, bag, mag, found)
@@ -256,13 +256,14 @@ def slide_and_bag(
 def save_figure(
     fig:plt.Figure,   # closed afterwards
     path:str|Path,    # its ending tells the format
+    **kwargs,         # of matplotlib's `savefig`
 ) -> Path:
     "Write a figure, whole or not at all"
     path = Path(path)
     kind,kinds = path.suffix[1:].lower(), fig.canvas.get_supported_filetypes()
     try:
         expect(kind in kinds, str(path), f'a picture: {", ".join(sorted(kinds))}', kind or 'no ending')
-        with atomic_path(path) as part: fig.savefig(part, format=kind, dpi=150)
+        with atomic_path(path) as part: fig.savefig(part, format=kind, dpi=150, **kwargs)
     finally: plt.close(fig)
     return path
 

@@ -66,9 +66,11 @@ def in_units(scores, # (n,) one number per patch
 def range_text(
     scores, # (n,) one number per patch
 ) -> str:
-    "The lowest and highest score, with their unit"
+    "The lowest and highest score, with their unit; as many digits as it takes to tell them apart"
     x,unit = in_units(scores)
-    return ' to '.join(f'{o:.0f}' if abs(o) >= 100 else f'{o:.3g}' for o in (np.min(x), np.max(x))) + f' {unit}'
+    low,high = np.min(x), np.max(x)
+    ends = [[f'{o:.0f}' if abs(o) >= 100 and digits == 3 else f'{o:.{digits}g}' for o in (low,high)] for digits in range(3, 10)]
+    return ' to '.join(next((e for e in ends if e[0] != e[1]), ends[0])) + f' {unit}'
 
 # %% ../../nbs/60b_viz.painting.ipynb #48dae6d3
 CMAPS = dict(rank='magma', clip='magma', signed=LinearSegmentedColormap.from_list('risk', [LOW_RISK, '#f4f4f4', HIGH_RISK]))

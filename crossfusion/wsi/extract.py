@@ -213,6 +213,15 @@ def _finished(path, encoder_name, mags, patch_px, mpp):
         expect(found[what] == wanted, str(path), f'a bag with {what} {wanted}', found[what], 'Give another folder, or remove this file.')
     return ({f'n{m}': k for m,k in n.items()} | dict(mpp=float(a['mpp_level0']))) if mpp in (None, float(a['mpp_level0'])) else None
 
+def _not_its_bag(path, slide):
+    "Why a bag cannot be this slide's; '' if it can"
+    try:
+        with h5py.File(path) as h: had = int(h.attrs['width']), int(h.attrs['height'])
+        with Slide(slide, 1.) as s: has = s.width, s.height
+    except (OSError, KeyError, CrossFusionError): return ''     # what does not open is told elsewhere
+    if had == has: return ''
+    return f"{path}: expected the bag of a slide of {has[0]} x {has[1]} px, found one of {had[0]} x {had[1]} px. Two slides of one name: rename one, or remove the bag."
+
 # %% ../../nbs/12_wsi.extract.ipynb #3cecb8df
 @dataclass
 class _Run:
@@ -341,7 +350,12 @@ def extract(
                          | (dict(masks=str(masks)) if masks else {}) | ({} if ink else dict(ink=False)))
     n_workers = n_workers or (1 if callable(encoder) else os.cpu_count())
     finished = lambda p: _finished(out/f'{p.stem}.h5', name, mags, patch_px, mpp_given(p, mpp))
-    log = {p: dict(slide=p.stem, status='waiting') | (o | dict(status='skipped') if (o := finished(p)) else {}) for p in paths}
+    def row(p):
+        earlier = finished(p)
+        if not earlier: return dict(status='waiting')
+        reason = _not_its_bag(out/f'{p.stem}.h5', p)
+        return dict(status='failed', reason=reason) if reason else earlier | dict(status='skipped')
+    log = {p: dict(slide=p.stem) | row(p) for p in paths}
     ray = ray if any(r['status'] == 'waiting' for r in log.values()) else ''
     with Claims() as claims, pool(n_workers) as p, connected(ray) if ray else nullcontext():
         run = _Run(out, spec, name, batch_size or (112 if torch.cuda.is_available() else 16), p, ray, claims, log, finished, isinstance(mpp, dict))
