@@ -284,9 +284,11 @@ def predict(
     **kwargs,
 ):
     "Predict slides with all folds of a run together"
-    from crossfusion.core import write_text
-    from crossfusion.training.crossval import predict
+    from crossfusion.core import RunFolder, write_text
+    from crossfusion.training.crossval import own_folds, predict
     table = predict(run, _table_and_bags(None, bags, kwargs)[1], fast=fast)
+    own = table.slide.isin(own_folds(RunFolder(run))).sum()
+    if own: print(f"{own} of {len(table)} slides have names of the run's own: each is predicted by the models that have not seen its patient", file=sys.stderr)
     if out: write_text(out, table.to_csv(index=False, float_format='%.6g'))
     if json or not out: say(table.to_string(index=False), table.to_dict('records'), json)
 

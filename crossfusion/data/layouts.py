@@ -4,7 +4,7 @@
 
 # %% ../../nbs/29_data.layouts.ipynb #eea70751
 from __future__ import annotations
-import json, pickle, re
+import json, os, pickle, re
 from dataclasses import dataclass
 from pathlib import Path
 import h5py, numpy as np, torch
@@ -116,26 +116,36 @@ def _only(folder, choices, encoder, what='encoder'):
     expect(encoder or len(choices) == 1, str(folder), f'features of one {what}', ', '.join(choices), f'Name one: encoder={choices[0]!r}.')
     return encoder or choices[0]
 
+def _whole(mag): return int(mag) if mag == int(mag) else mag
+
+_CLAM = {'h5_files': 'h5', 'pt_files': 'pt'}
+def _is_clam(folder): return any((folder/k).is_dir() for k in _CLAM)
+def _has_pt(folder): return any(folder.glob('[!.]*.pt'))
+
 def _clam_scale(folder, mag, encoder):
-    "One magnification: h5_files, pt_files and perhaps patches"
-    h5,pt = ({p.stem: p for p in sorted((folder/k).glob(f'*.{e}'))} for k,e in (('h5_files','h5'), ('pt_files','pt')))
+    "One magnification: h5_files, pt_files and perhaps patches, or .pt files alone"
+    h5,pt = ({p.stem: p for p in sorted((folder/k if _is_clam(folder) else folder).glob(f'[!.]*.{e}'))} for k,e in _CLAM.items())
     for slide in sorted(h5 | pt):
         crashed = slide not in pt and len(pt) > 0
         places = [p for p in (folder/'patches'/f'{slide}.h5', folder.parent/'patches'/f'{slide}.h5') if p.exists()]
         yield ScaleFile(slide, mag, h5.get(slide) or pt[slide], 'clam', encoder, places[0] if places else None,
                         'without its pt file: the program stopped on the way' if crashed else '')
 
+_NAME_MAG = 'Name it: mag=20, at the shell --mag 20.'
 def _mag_folders(folder): return {int(p.name[1:]): p for p in folder.iterdir() if re.fullmatch(r'x\d+', p.name) and p.is_dir()}
 
 def clam_files(folder, mag=None, encoder=None):
     "CLAM's features, and the published CrossFusion program's"
-    if not any((folder/k).is_dir() for k in ('h5_files','pt_files')) and not _mag_folders(folder):
+    folder = Path(os.path.abspath(folder))
+    if folder.name in _CLAM: folder = folder.parent
+    if not (_is_clam(folder) or _mag_folders(folder) or _has_pt(folder)):
         folder = folder/_only(folder, [p.name for p in folder.iterdir() if p.is_dir() and _mag_folders(p)], encoder)
-    by_mag = _mag_folders(folder)
+    by_mag,name = _mag_folders(folder), folder.name
     if not by_mag:
-        expect(mag, str(folder), 'a magnification (CLAM does not write it down)', 'none', 'Name it: mag=20.')
+        if m := re.fullmatch(r'x(\d+)', name): mag,name = mag or int(m[1]), folder.parent.name
+        expect(mag, str(folder), 'a magnification (these files do not hold it)', 'none', _NAME_MAG)
         by_mag = {mag: folder}
-    return [s for m,f in sorted(by_mag.items()) for s in _clam_scale(f, m, folder.name)]
+    return [s for m,f in sorted(by_mag.items()) for s in _clam_scale(f, m, name)]
 
 # %% ../../nbs/29_data.layouts.ipynb #68f82884
 _trident = re.compile(r'([\d.]+)x_(\d+)px_(\d+)px_overlap')
@@ -144,7 +154,7 @@ def trident_files(folder, mag=None, encoder=None):
     "TRIDENT's features of patches"
     by_mag = {float(m[1]): p for p in sorted(folder.iterdir()) if (m := _trident.fullmatch(p.name))} or {float(_trident.fullmatch(folder.name)[1]): folder}
     encoder = _only(folder, {p.name[9:] for f in by_mag.values() for p in f.glob('features_*')}, encoder)
-    return [ScaleFile(p.stem, int(m) if m == int(m) else m, p, 'trident', encoder, places if (places := f/'patches'/f'{p.stem}_patches.h5').exists() else None)
+    return [ScaleFile(p.stem, _whole(m), p, 'trident', encoder, places if (places := f/'patches'/f'{p.stem}_patches.h5').exists() else None)
             for m,f in sorted(by_mag.items()) for p in sorted((f/f'features_{encoder}').glob('*')) if p.suffix in ('.h5','.pt')]
 
 def stamp_files(folder, mag=None, encoder=None):
@@ -160,14 +170,13 @@ def _stamp_mag(path, mags=(2.5,5,10,20,40)):
     try:
         with h5py.File(path, 'r') as h: um = float(h.attrs.get('tile_size_um', h.attrs.get('tile_size', 256)))
     except OSError: return 20     # `look` will say what is wrong with it
-    m = min(mags, key=lambda m: abs(np.log(um*m/2560)))
-    return int(m) if m == int(m) else m
+    return min(mags, key=lambda m: abs(np.log(um*m/2560)))
 
 def slideflow_files(folder, mag=None, encoder=None):
     "slideflow's bags"
     c = folder/'bags_config.json'
     config = json.loads(c.read_text()) if c.exists() else {}
-    expect(mag, str(folder), 'a magnification (these files do not hold it)', 'none', 'Name it: mag=20.')
+    expect(mag, str(folder), 'a magnification (these files do not hold it)', 'none', _NAME_MAG)
     named = config.get('extractor', {})
     encoder = encoder or (named.get('class') if isinstance(named, dict) else named) or folder.name
     index = {p.name.split('.index.')[0]: p for p in sorted(folder.glob('*.index.np[zy]'))}
@@ -195,8 +204,9 @@ def layout_of(
     inside,flat = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())], sorted(p for p in folder.glob('*.h5') if not p.name.startswith('.'))
     if any(_holds(p) == 'ours' for p in flat): return 'ours'
     if any(_trident.fullmatch(p.name) for p in inside): return 'trident'
-    if any((p/k).is_dir() for p in inside for k in ('h5_files','pt_files')) or any(_mag_folders(p) for p in inside): return 'clam'
-    if any(folder.glob('*.index.np[zy]')): return 'slideflow'
+    if folder.name in _CLAM or any(_is_clam(p) or _mag_folders(p) for p in inside): return 'clam'
+    if any(folder.glob('*.index.np[zy]')) or (folder/'bags_config.json').exists(): return 'slideflow'
+    if _has_pt(folder): return 'clam'
     if any(_holds(p) == 'stamp' for p in flat or folder.rglob('*.h5')): return 'stamp'
     expect(flat, str(folder), 'bag or feature files',
            f'none that are known ({", ".join(sorted(p.name for p in folder.iterdir())[:3]) or "nothing"})', f'Name the layout if it is one of {", ".join(LAYOUTS)}.')
@@ -212,7 +222,7 @@ def scale_files(
     "The feature files of a folder, one for each slide and magnification"
     folder,layout = Path(folder), layout or layout_of(folder)
     expect(layout in LAYOUTS, 'layout', ', '.join(LAYOUTS), repr(layout))
-    found = LAYOUTS[layout](folder, mag, encoder)
+    found = LAYOUTS[layout](folder, mag and _whole(mag), encoder)
     expect(found, str(folder), f'feature files in the layout {layout}', 'none', 'Give another folder, or another layout.')
     return found
 

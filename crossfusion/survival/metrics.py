@@ -216,7 +216,7 @@ def risk_groups(
 # %% ../../nbs/22_survival.metrics.ipynb #2f494706
 def logrank_split(
     table:pd.DataFrame, # predictions
-) -> dict: # p (nan if one group is empty or nobody died), n_low, n_high (patients), split (how the line was drawn)
+) -> dict: # p (nan if one group is empty or nobody died), n_low, n_high (patients), split (how the line was drawn), reversed (True = high risk lived longer)
     "Log-rank test between patients of high and low risk"
     from lifelines.statistics import logrank_test    # slow to import, and training needs it once
     t = check_predictions(table)
@@ -225,4 +225,4 @@ def logrank_split(
     hi,lo = people[high.values], people[~high.values]
     judged = len(hi) and len(lo) and people.event.any()
     p = logrank_test(hi.duration, lo.duration, hi.event, lo.event).p_value if judged else np.nan
-    return dict(p=float(p), n_low=len(lo), n_high=len(hi), split=_split(t)[1])
+    return dict(p=float(p), n_low=len(lo), n_high=len(hi), split=_split(t)[1], reversed=bool(judged and c_index(people.duration, people.event, high) < .5))

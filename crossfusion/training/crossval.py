@@ -175,7 +175,9 @@ def cross_validate(
     folds = check_folds(folds or make_folds(cohort, seed=seed), cohort)
     has_bag = set(found.patient)
     use = check_folds([{side: [p for p in f[side] if p in has_bag] for side in f} for f in folds], found, 'patients with bags')
-    run = RunFolder(out).start(_settings(found, bags, folds, model, model_options, protocol, recipe_named(recipe), n_bins, seed, cuts))
+    settings,run = _settings(found, bags, folds, model, model_options, protocol, recipe_named(recipe), n_bins, seed, cuts), RunFolder(out)
+    new_model(settings)   # what is wrong with it is said before there is a folder
+    run.start(settings, again=not any(run.path.glob('fold_*/*')))
     write_json(run/'folds.json', folds); _write_table(run/'cohort.csv', cohort); _write_table(run/'missing.csv', missing)
     _train_folds(run, use, found, KeptBags(bags, int(cache*2**30)), n_workers, ray, gpu_share)
     return None if rank_distrib() else score(run)
@@ -225,7 +227,8 @@ def metrics_line(
     if added := m.get('added_value'):
         d = added['difference']
         line += f"; on top of {', '.join(added['columns'])} {d['difference']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})"
-    return f"{line}; log-rank p {m['logrank']['p']:.2g}; {m['n_scored']} of {m['n_expected']} patients scored" + ('; optimistic' if m['optimistic'] else '')
+    wrong = ' (the wrong way round: high risk lived longer)' if m['logrank'].get('reversed') else ''
+    return f"{line}; log-rank p {m['logrank']['p']:.2g}{wrong}; {m['n_scored']} of {m['n_expected']} patients scored" + ('; optimistic' if m['optimistic'] else '')
 
 # %% ../../nbs/51_training.crossval.ipynb #95d4374b
 def _as_run(run): return run if isinstance(run, RunFolder) else RunFolder(run)

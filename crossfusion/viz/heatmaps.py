@@ -220,7 +220,8 @@ def heatmap_figure(
     maps = [(s, m, check_scores(bag, x, m)) for s,m,x in list_maps(attention, stages)]
     rows,cols,(w,h) = panel_grid(len(maps) + 1, slide.height/slide.width)
     stage,mag,scores = maps[-1]
-    found,h2 = strongest(bag, scores, mag, insets), w/max(insets, 4) + .45 if insets else 0
+    found = strongest(bag, scores, mag, insets)
+    found,h2 = found[scores[found] >= scores.mean()], w/max(insets, 4) + .45 if insets else 0
     fig = plt.figure(figsize=(w, h + h2), layout='constrained')
     top,*low = np.ravel(fig.subfigures(1 + bool(insets), 1, height_ratios=[h,h2][:1 + bool(insets)]))
     axs,thumb = top.subplots(rows, cols, squeeze=False), slide.thumbnail(max_px)

@@ -164,7 +164,7 @@ def plot_km(
     month_axis(ax, table.duration.max())
     ax.set(ylim=(0,1.02), ylabel='share alive')
     for name,(t,color) in groups.items(): draw_km(ax, t.duration, t.event, color, name)
-    legend_above(ax, f'log-rank {p_text(test["p"])}\nsplit at the {test["split"]}')
+    legend_above(ax, f'log-rank {p_text(test["p"])}{", the wrong way round" if test["reversed"] else ""}\nsplit at the {test["split"]}')
     draw_at_risk(ax, {name.split()[0]: (t.duration, color) for name,(t,color) in groups.items()})
     return ax
 

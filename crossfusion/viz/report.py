@@ -48,7 +48,7 @@ def answer_section(
     pairs = f'Of 100 pairs of patients of whom one is known to have died first, the model gives that one the higher risk in {percent(c["value"])}; chance gets 50{best}. '
     cards = [('C-index', f'{c["value"]:.2f}', f'95 % interval {c["low"]:.2f} to {c["high"]:.2f}')]
     if t: cards.append(('the true risk’s own', f'{t["value"]:.2f}', f'{t["low"]:.2f} to {t["high"]:.2f}; model minus truth {signed(m["to_truth"])}'))
-    cards.append(('low against high risk', p_text(m['logrank']['p']), 'log-rank test'))
+    cards.append(('low against high risk', p_text(m['logrank']['p']), 'log-rank test' + (', but high risk lived longer' if m['logrank'].get('reversed') else '')))
     cards.append(('patients scored', f'{m["n_scored"]} of {m["n_expected"]}', f'{c["events"]} deaths among them'))
     return join(h('p', pairs if np.isfinite(c['value']) else '', h('strong', verdict(c)), class_='lead'), html_cards(cards))
 
@@ -176,7 +176,7 @@ def groups_section(
     g = r.metrics['logrank']
     return picture(r, 'kaplan_meier', lambda ax: plot_km(r.table, ax),
                    f'Patients predicted to be at low and at high risk; split at the {g["split"]}. “+” marks patients last seen alive, bands are 95 %.',
-                   f'Kaplan-Meier curves of {g["n_low"]} low-risk and {g["n_high"]} high-risk patients, log-rank {p_text(g["p"])}.', 4)
+                   f'Kaplan-Meier curves of {g["n_low"]} low-risk and {g["n_high"]} high-risk patients, log-rank {p_text(g["p"])}{", the wrong way round" if g.get("reversed") else ""}.', 4)
 
 # %% ../../nbs/63_viz.report.ipynb #8cbe915f
 def survival_section(
