@@ -4,7 +4,7 @@
 
 # %% ../nbs/69_shell.ipynb #7c5ece8d
 from __future__ import annotations
-import os, sys
+import os, sys, warnings
 from argparse import ArgumentParser
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
@@ -102,6 +102,7 @@ def command(f=None, *,
         with shell_errors(prog):
             if args or kwargs or Path(sys.argv[0]).stem != prog: f(*args, **kwargs)   # called from Python
             else:
+                warnings.formatwarning = lambda message, category, *place: f'{message}\n' if category is UserWarning else f'{category.__name__}: {message}\n'
                 kwargs = _arguments(f, prog, example)
                 with _kept(prog, kwargs, kwargs[folder]) if folder else nullcontext(): f(**kwargs)
     at_shell.example = example

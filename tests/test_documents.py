@@ -106,14 +106,14 @@ def test_examples_in_help():
         _parsed(_parser(f, f'crossfusion_{name}', ''), shlex.split(f.example))
 
 
-SMALL = {'extract': '--patch_px 128 --input_px 128 --n_workers 2', 'train': '--embed_dim 16 --n_epoch 2', 'folds': '--n_folds 3', 'simulate': '--n 12',
+SMALL = {'extract': '--patch_px 128 --input_px 128 --n_workers 2', 'train': '--embed_dim 16 --n_epoch 1', 'folds': '--n_folds 3', 'simulate': '--n 12',
          'benchmark': '--small --n_epoch 1 --models crossfusion,amil'}
 
 
 def test_readme_commands(shell, tmp_path):
     "Every line of README's shell, in its order, on painted slides; options that make it small come last and win"
     from crossfusion.simulate.slides import simulate_slides
-    simulate_slides(tmp_path/'slides', n_patients=18, n_second=1, size=(1024, 1024), n_workers=2)
+    simulate_slides(tmp_path/'slides', n_patients=12, n_second=1, size=(1024, 1024), n_workers=2)
     (tmp_path/'slides'/'cohort.csv').rename(tmp_path/'cohort.csv')
     first = sorted((tmp_path/'slides').glob('*.tiff'))[0]
     (tmp_path/'new_slides').mkdir()

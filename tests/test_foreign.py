@@ -1,5 +1,5 @@
 "Features of other tools, their tables, and what is wrong with them, at the shell"
-import pickle, re, shutil
+import json, pickle, re, shutil
 from pathlib import Path
 
 import h5py, numpy as np, pandas as pd, pytest, torch
@@ -56,6 +56,32 @@ def test_the_same_training_whoever_made_the_files(shell, ours, tmp_path):
     first = (tmp_path/'run_ours'/'predictions.csv').read_bytes()
     assert all((tmp_path/f'run_{n}'/'predictions.csv').read_bytes() == first for n in ('published', 'trident'))
     assert len(pd.read_csv(tmp_path/'run_ours'/'predictions.csv')) == 30
+
+
+def test_a_magnification_from_the_shell(ours, tmp_path):
+    "The shell gives 20.0: a fold trains on CLAM's folder, with the predictions that our own files give"
+    from crossfusion.data.cohort import make_folds
+    from crossfusion.training.crossval import cross_validate
+    from crossfusion.training.learner import recipe_named
+    folder, table, bags = ours
+    as_published(tmp_path, bags)
+    how = dict(model='amil', folds=make_folds(table, 2), recipe=recipe_named(n_epoch=1), embed_dim=16)
+    for name, where, mag in (('ours', folder, None), ('clam', tmp_path/'simulated'/'x20'/'pt_files', 20.), ('x20', tmp_path/'simulated'/'x20', None)):
+        cross_validate(table, open_bags(where, mags=(20,), mag=mag), tmp_path/name, **how)
+    first, *others = ((tmp_path/n/'predictions.csv').read_bytes() for n in ('ours', 'clam', 'x20'))
+    assert others == [first]*2
+
+
+def test_slides_without_places_are_no_fault(shell, ours, tmp_path):
+    "Plain .pt files, as SurvPath keeps them: the magnification is asked for in a line; then all can be used, none has places"
+    _, _, bags = ours
+    for s, b in list(bags.items())[:3]: torch.save(torch.from_numpy(b.features[20]).float(), tmp_path/f'{s}.pt')
+    r = shell.run(shell.command('crossfusion_bags', tmp_path))
+    assert r.returncode == 2 and said(r.stderr).endswith('expected a magnification (these files do not hold it), found none. Name it: mag=20, at the shell --mag 20.')
+    r = shell.run(shell.command('crossfusion_bags', tmp_path, '--mag', 20, '--read', '--json'))
+    assert r.returncode == 0, r.stderr
+    found = json.loads(r.stdout)
+    assert found['problems'] == {} and found['summary']['slides'] == {'20x': 3} and found['summary']['with places'] == {'20x': 0}
 
 
 def poison(path):
@@ -119,7 +145,9 @@ def test_tables_of_others(shell, ours, tmp_path):
     table.rename(columns=dict(patient='PATIENT', slide='FILENAME'))[['PATIENT', 'FILENAME']].to_csv(tmp_path/'slides.csv', index=False)
     r = shell.run(shell.command('crossfusion_train', tmp_path/'clini.xlsx', folder, tmp_path/'run', *TRAIN, '--slides', tmp_path/'slides.csv', '--duration', 'days', '--event', 'dead'))
     assert r.returncode == 0 and '29 of 31 patients scored' in r.stdout, r.stderr
-    assert '1 patients without a duration or an event are listed as missing (P0007)' in r.stderr
+    deaths = int(p.event[p.patient != 'P0007'].sum())
+    for line in (f'clini.xlsx: 31 patients, {deaths} deaths, median follow-up ', '1 patients without a duration or an event are listed as missing (P0007)',
+                 'slides of the table are used; no follow-up in the table: '): assert line in r.stderr
     missing = pd.read_csv(tmp_path/'run'/'missing.csv').set_index('patient').reason.to_dict()
     assert missing == {'P0007': 'no follow-up in the table', 'X1': 'no slide in the table'}
     assert shell.run(shell.command('crossfusion_report', tmp_path/'run')).returncode == 0
@@ -128,6 +156,7 @@ def test_tables_of_others(shell, ours, tmp_path):
 @pytest.mark.parametrize('text,why', [
     ('patient,slide,duration,event\nA,a,3,perhaps\n', 'row 2, event: expected 0, 1, True, False, Alive or Dead, found perhaps'),
     ('patient,slide,duration,event\nA,a,3,1\nA,b,4,1\n', r'patient A: expected one duration and event, found rows that contradict each other \(2, 3\)'),
+    ('patient;slide;duration;event\nA;a;3,5;1\n', 'row 2, patient A: expected a duration of 0 or more, found 3,5. Write a decimal point, not a comma'),
     ('patient,slide,duration,event\nA,a,-3,1\n', 'row 2, patient A: expected a duration of 0 or more, found -3'),
     ('patient,slide,months,event\nA,a,3,1\n', 'expected a column duration'),
     ('', 'expected a table')])

@@ -115,19 +115,20 @@ def finite(
 def check_bags(
     bags:BagFolder,  # as from `open_bags`
     read:bool=False, # True: read every feature; takes as long as that takes
-) -> tuple: # a row for each magnification (slides, patches, ...); a Series slide -> problem
+) -> tuple: # a row for each magnification (slides, patches, ...; if read, how many slides are with places); a Series slide -> problem
     "What a folder of bags holds, and what is wrong with it"
-    problems,i = bags.problems, bags.index
+    problems,placed,i = bags.problems, 0, bags.index
     for s in progress([s for s in bags if s not in problems] if read else [], 'reading bags'):
         try: bag = bags[s]
         except CrossFusionError as e: problems[s] = str(e)
         else:
             bad = [f'{m:g}x' for m in bag.mags if not finite(bag.features[m])]
             if bad: problems[s] = f'with NaN or infinity at {", ".join(bad)}'
-            elif not bag.placed: problems[s] = 'without places (coordinates)'
+            else: placed += bag.placed
     n = {m: i.loc[[s for s in i.index if s not in problems], f'n{m:g}'].dropna() for m in bags.mags}
     rows = [{'scale': f'{m:g}x', 'slides': len(c), 'patches': int(c.sum()), 'a slide (median)': c.median(), 'least': c.min(), 'most': c.max(),
-             'features': bags.n_features, 'stored as': ', '.join(sorted(i.dtype.dropna().unique())), 'encoder': bags.encoder} for m,c in n.items()]
+             **({'with places': placed} if read else {}), 'features': bags.n_features,
+             'stored as': ', '.join(sorted(i.dtype.dropna().unique())), 'encoder': bags.encoder} for m,c in n.items()]
     return pd.DataFrame(rows).set_index('scale'), pd.Series(problems, dtype=object, name='problem').sort_index()
 
 # %% ../../nbs/30_data.bags.ipynb #0dfe3e2e

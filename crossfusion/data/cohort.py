@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import CrossFusionError, derive_seed, expect, write_text
+from ..survival.censoring import alive_past
 from ..survival.metrics import first_few
 from ..survival.outcomes import cut_points, to_bin
 
@@ -20,17 +21,17 @@ __all__ = ['SPELLINGS', 'SLIDE_ENDINGS', 'DAYS_A_MONTH', 'CLINICAL', 'slide_name
 # %% ../../nbs/31_data.cohort.ipynb #6954d76f
 SPELLINGS = {'patient': ('patient','case_id','patient_id'), 'slide': ('slide','slide_id','filename','image_file_name'), 'duration': ('duration','survival_months','survival_days'),
              'event': ('event',), 'censorship': ('censorship',), 'site': ('site',)}     # in any case
-SLIDE_ENDINGS = ('.svs','.tiff','.tif','.ndpi','.mrxs','.scn','.bif','.h5','.pt')
+SLIDE_ENDINGS = ('.svs','.tiff','.tif','.ndpi','.mrxs','.scn','.bif','.svslide','.vms','.vmu','.h5','.pt')
 DAYS_A_MONTH = 365.25/12
 _unsaid = ('','-','--','na','n/a','nan','none','null','unknown','not reported','not available','not applicable','not evaluated','discrepancy')
 _events = {'1': True, '1.0': True, 'true': True, 'dead': True, 'deceased': True, '1:deceased': True,
            '0': False, '0.0': False, 'false': False, 'alive': False, 'living': False, '0:living': False}
 
 def slide_name(
-    name:str, # a file's name, with or without ending and folder
+    name:str, # a file's name, with or without ending and folder, of any system
 ) -> str:
     "A slide's name: the file's name without the ending"
-    name = str(name).split('/')[-1]
+    name = re.split(r'[/\\]', str(name))[-1].strip()
     for e in SLIDE_ENDINGS:
         if name.lower().endswith(e): return name[:-len(e)]
     return name
@@ -82,6 +83,10 @@ def _columns(found, named, path):
     if named.get('censorship'): out.pop('event', None)
     return out
 
+def _separator(path):
+    "What stands between the columns of a text table: whichever of comma, semicolon and tab makes most of its first line"
+    return max(',;\t', key=lambda s: pd.read_csv(path, sep=s, nrows=0).shape[1])
+
 def _read_table(path, columns=None):
     "A CSV, TSV or Excel table as text, or only its column names"
     expect(path.is_file(), str(path), 'a clinical table', 'no such file', 'Check the path.')
@@ -90,7 +95,7 @@ def _read_table(path, columns=None):
         if path.suffix in ('.xlsx','.xls'): return pd.read_excel(path, **which)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', pd.errors.ParserWarning)
-            return pd.read_csv(path, sep='\t' if path.suffix in ('.tsv','.txt') else ',', **which)
+            return pd.read_csv(path, sep=_separator(path), **which)
     except (ValueError, OSError, UnicodeDecodeError, KeyError) as e:
         raise CrossFusionError(f'{path}: expected a table (CSV, TSV or Excel), found one that cannot be read ({e})') from None
 
@@ -113,7 +118,8 @@ def _check_followup(t, path, notes):
     unsaid = t.duration.isna() | t.duration.astype(str).str.strip().str.lower().isin(_unsaid)
     bad = ~unsaid & ~(np.isfinite(d) & (d >= 0))
     expect(not bad.any(), f'{path}, row {t.index[bad][0]+2 if bad.any() else 0}, patient {t.patient[bad].iloc[0] if bad.any() else ""}',
-           'a duration of 0 or more', t.duration[bad].iloc[0] if bad.any() else '', 'Correct or remove the row.')
+           'a duration of 0 or more', found := str(t.duration[bad].iloc[0]) if bad.any() else '',
+           'Write a decimal point, not a comma.' if re.fullmatch(r'\d+,\d+', found.strip()) else 'Correct or remove the row.')
     t['duration'] = d.mask(t.event.isna())
     two = t.assign(event=t.event.fillna(-1), duration=t.duration.fillna(-1)).groupby('patient')[['duration','event']].nunique().max(axis=1)
     rows = [str(r+2) for r in t.index[t.patient == two.idxmax()]]
@@ -131,6 +137,19 @@ def _one_row_a_slide(t, path, notes):
     twice = t.duplicated(['patient','slide'])
     if twice.any(): notes.append(f'{int(twice.sum())} slides are listed twice and count once ({first_few(sorted(t.slide[twice]))})')
     return t[~twice]
+
+# %% ../../nbs/31_data.cohort.ipynb #4f73f635
+def _at_a_glance(t, event, unit):
+    "Patients, deaths and median follow-up in a line, and questions about what looks like days or like censorship"
+    p = t.drop_duplicates('patient'); d,e = p.duration.dropna(), p.event[p.duration.notna()]
+    days = np.unique(d)
+    late = days[alive_past(d, ~e)(days) <= .5] if len(d) else days
+    notes = [f'{len(p)} patients, {e.sum()} deaths, median follow-up ' + (f'{late[0]:.1f} months' if len(late) else 'not reached')]
+    if not unit and d.max() > 720:
+        notes.append(f"the longest follow-up is {d.max():.0f} months, {d.max()/12:.0f} years: if these are days, say unit='days' (at the shell --unit days)")
+    if 'cens' in (event or '').lower():
+        notes.append(f'{event} is read as an event, 1 for a death: if 1 is for alive, say censorship={event!r} (at the shell --censorship {event})')
+    return notes
 
 # %% ../../nbs/31_data.cohort.ipynb #2053c50e
 def read_cohort(
@@ -157,10 +176,12 @@ def read_cohort(
     t['slide'] = t.slide.fillna('').map(slide_name)
     if 'true_risk' in t: t['true_risk'] = t.true_risk.astype(float)
     t = _one_row_a_slide(_check_followup(_patients(t, notes), path, notes), path, notes)
-    if (unit or ('days' if 'day' in columns['duration'].lower() else 'months')) == 'days': t['duration'] = t.duration/DAYS_A_MONTH
+    expect(unit in (None,'months','days'), 'unit', 'months or days', unit)
+    said = unit or ('days' if 'day' in columns['duration'].lower() else None)
+    if said == 'days': t['duration'] = t.duration/DAYS_A_MONTH
     t = _add_clinical(t, path, notes)
     t = t[[c for c in ('patient','slide','duration','event','site','true_risk',*CLINICAL) if c in t]].reset_index(drop=True)
-    t.attrs['notes'] = notes
+    t.attrs['notes'] = [*_at_a_glance(t, event, said), *notes]
     return t
 
 def _join_slides(t, path, named, notes):
@@ -187,6 +208,17 @@ def patients_of(
     return g[[c for c in ('duration','event','site','true_risk',*CLINICAL) if c in cohort]].first().assign(n_slides=g.size()).reset_index()
 
 # %% ../../nbs/31_data.cohort.ipynb #a978af71
+_trifles = {'in blanks': lambda n: ''.join(n.split()), 'in upper and lower case': str.lower, 'in what follows the first dot': lambda n: n.split('.')[0],
+            'in - and _': lambda n: n.replace('_','-')}
+
+def _nearest(slides, bags):
+    "A slide and a bag whose names would be one but for a trifle, and which; else the first of each"
+    for what,same in _trifles.items():
+        theirs = {same(b): b for b in bags}
+        for s in slides:
+            if s and same(s) in theirs: return s, theirs[same(s)], f'They differ {what}.'
+    return slides[0], bags[0] if bags else 'nothing', 'Check that slide names agree.'
+
 def match_bags(
     cohort:pd.DataFrame, # one row per slide
     bags:Mapping,        # slide -> `Bag`
@@ -194,12 +226,16 @@ def match_bags(
     "Keep the slides that have a bag, and list the others"
     problems = getattr(bags, 'problems', {})
     unusable = lambda s, months: 'no follow-up in the table' if np.isnan(months) else '' if s else 'no slide in the table'
-    reason = [unusable(s, months) or problems.get(s, '' if s in bags else 'no bag file') for s,months in zip(cohort.slide, cohort.duration)]
-    missing = cohort[['patient','slide']].assign(reason=reason)[np.array(reason) != '']
-    found = cohort[np.array(reason) == ''].reset_index(drop=True)
-    expect(len(found), 'the clinical table and the bags', 'slides in common', f'none (the table has {cohort.slide.iloc[0]}, the bags {next(iter(bags))})',
-           'Check that slide names agree.')
-    return found, missing.reset_index(drop=True)
+    reason = np.array([unusable(s, months) or problems.get(s, '' if s in bags else 'no bag file') for s,months in zip(cohort.slide, cohort.duration)])
+    missing,found = (cohort[of].reset_index(drop=True) for of in (reason != '', reason == ''))
+    missing = missing[['patient','slide']].assign(reason=reason[reason != ''])
+    why = '; '.join(f'{r}: {len(t)} ({first_few(t.slide.where(t.slide != "", t.patient), 3)})' for r,t in missing.groupby('reason', sort=False))
+    if not len(found):
+        ours,theirs,fix = _nearest(list(cohort.slide), list(bags))
+        expect(any(s in bags for s in cohort.slide), 'the clinical table and the bags', 'slides in common', f'none (the table has {ours}, the bags {theirs})', fix)
+        expect(False, 'the clinical table and the bags', 'slides that can be used', f'none ({why})')
+    if len(missing): warnings.warn(f'{len(found)} of {len(cohort)} slides of the table are used; {why}', stacklevel=2)
+    return found, missing
 
 # %% ../../nbs/31_data.cohort.ipynb #bc38e582
 def _strata(patients, n_bins=4):

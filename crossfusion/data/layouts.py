@@ -119,6 +119,7 @@ def _only(folder, choices, encoder, what='encoder'):
 def _whole(mag): return int(mag) if mag == int(mag) else mag
 
 _CLAM = {'h5_files': 'h5', 'pt_files': 'pt'}
+def _name(folder): return os.path.basename(os.path.abspath(folder))     # of '.', too
 def _is_clam(folder): return any((folder/k).is_dir() for k in _CLAM)
 def _has_pt(folder): return any(folder.glob('[!.]*.pt'))
 
@@ -136,16 +137,15 @@ def _mag_folders(folder): return {int(p.name[1:]): p for p in folder.iterdir() i
 
 def clam_files(folder, mag=None, encoder=None):
     "CLAM's features, and the published CrossFusion program's"
-    folder = Path(os.path.abspath(folder))
     if folder.name in _CLAM: folder = folder.parent
     if not (_is_clam(folder) or _mag_folders(folder) or _has_pt(folder)):
         folder = folder/_only(folder, [p.name for p in folder.iterdir() if p.is_dir() and _mag_folders(p)], encoder)
-    by_mag,name = _mag_folders(folder), folder.name
+    by_mag,name = _mag_folders(folder), _name(folder)
     if not by_mag:
-        if m := re.fullmatch(r'x(\d+)', name): mag,name = mag or int(m[1]), folder.parent.name
+        if m := re.fullmatch(r'x(\d+)', name): mag,name = mag or int(m[1]), _name(folder/'..')
         expect(mag, str(folder), 'a magnification (these files do not hold it)', 'none', _NAME_MAG)
         by_mag = {mag: folder}
-    return [s for m,f in sorted(by_mag.items()) for s in _clam_scale(f, m, name)]
+    return [s for m,f in sorted(by_mag.items()) for s in _clam_scale(f, m, encoder or name)]
 
 # %% ../../nbs/29_data.layouts.ipynb #68f82884
 _trident = re.compile(r'([\d.]+)x_(\d+)px_(\d+)px_overlap')
