@@ -62,11 +62,11 @@ def _with_settings(f, file):
 
 # %% ../nbs/69_shell.ipynb #0f7a753b
 def _toml_text(prog, settings, folder):
-    "Settings as TOML, paths as seen from the folder"
+    "Settings as TOML, paths as seen from the folder; without what belongs to one job or one look"
     import tomli_w
     def plain(v): return os.path.relpath(v, folder).replace(os.sep, '/') if isinstance(v, Path) else v
     return (f"# {prog} {versions(('crossfusion',))['crossfusion']}. Again, into another folder: {prog} --config run.toml --out FOLDER\n"
-            + tomli_w.dumps({k: plain(v) for k,v in settings.items() if v is not None and k != 'json'}))
+            + tomli_w.dumps({k: plain(v) for k,v in settings.items() if v is not None and k not in ('json','shard')}))
 
 @contextmanager
 def _kept(prog, settings, folder):
