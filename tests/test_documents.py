@@ -135,5 +135,5 @@ def test_make_lines_of_readme_exist():
     targets = re.findall(r'^([a-z-]+):.*##', (root/'Makefile').read_text(), re.M)
     named = re.findall(r'(?:^|`)make ([a-z-]+)', '\n'.join(prose()[f] for f in (Path('README.md'), Path('CONTRIBUTING.md'))), re.M)
     assert {'demo', 'test', 'setup'} <= set(named) <= set(targets)
-    plan = subprocess.run(['make', '-n', 'demo'], cwd=root, capture_output=True, text=True).stdout
+    plan = subprocess.run(['make', '-n', '--no-print-directory', 'demo'], cwd=root, capture_output=True, text=True).stdout
     assert plan.splitlines()[-1].split()[0].endswith('bin/crossfusion_demo')   # which every test run runs, with --quick
