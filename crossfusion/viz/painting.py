@@ -70,7 +70,8 @@ def range_text(
     x,unit = in_units(scores)
     low,high = np.min(x), np.max(x)
     ends = [[f'{o:.0f}' if abs(o) >= 100 and digits == 3 else f'{o:.{digits}g}' for o in (low,high)] for digits in range(3, 10)]
-    return ' to '.join(next((e for e in ends if e[0] != e[1]), ends[0])) + f' {unit}'
+    tells = lambda e: abs(float(e[1]) - float(e[0]) - (high - low)) <= .2*(high - low)
+    return ' to '.join(next(filter(tells, ends), ends[0])) + f' {unit}'
 
 # %% ../../nbs/60b_viz.painting.ipynb #48dae6d3
 CMAPS = dict(rank='magma', clip='magma', signed=LinearSegmentedColormap.from_list('risk', [LOW_RISK, '#f4f4f4', HIGH_RISK]))
