@@ -253,11 +253,10 @@ class RunFolder:
 
     def start(self,
         settings:dict, # everything that decides the result: options, seed, data fingerprint
-        again:bool=False, # True: nothing has come of an earlier beginning, whose settings may be replaced
     ) -> 'RunFolder':
         "Begin the run, or go on with it if its settings are the same"
         settings = json.loads(json_text(settings))
-        if (self.path/'config.json').exists() and not again:
+        if (self.path/'config.json').exists():
             old = self.config['settings']
             for k in [*settings, *(o for o in old if o not in settings)]:
                 expect(settings.get(k) == old.get(k), f'{self.path} holds a run with other settings: {k}', old.get(k), settings.get(k),

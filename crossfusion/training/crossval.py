@@ -177,9 +177,14 @@ def cross_validate(
     use = check_folds([{side: [p for p in f[side] if p in has_bag] for side in f} for f in folds], found, 'patients with bags')
     settings,run = _settings(found, bags, folds, model, model_options, protocol, recipe_named(recipe), n_bins, seed, cuts), RunFolder(out)
     new_model(settings)   # what is wrong with it is said before there is a folder
-    run.start(settings, again=not any(run.path.glob('fold_*/*')))
+    new = not (run/'config.json').exists()
+    run.start(settings)
     write_json(run/'folds.json', folds); _write_table(run/'cohort.csv', cohort); _write_table(run/'missing.csv', missing)
-    _train_folds(run, use, found, KeptBags(bags, int(cache*2**30)), n_workers, ray, gpu_share)
+    try: _train_folds(run, use, found, KeptBags(bags, int(cache*2**30)), n_workers, ray, gpu_share)
+    except CrossFusionError:
+        if new and not any(run.path.glob('fold_*/*')):     # nothing has come of it, so nothing shall stand in the way of the next try
+            for f in ('config.json','folds.json','cohort.csv','missing.csv'): (run/f).unlink(missing_ok=True)
+        raise
     return None if rank_distrib() else score(run)
 
 def _train_folds(run, folds, cohort, bags, n_workers, ray='', gpu_share=0.):
