@@ -1,5 +1,5 @@
 "What a reader finds: links that lead somewhere, pages that exist, commands that run"
-import json, re, shlex, shutil, subprocess, sys
+import json, os, re, shlex, shutil, subprocess, sys
 from inspect import signature
 from pathlib import Path
 
@@ -137,3 +137,12 @@ def test_make_lines_of_readme_exist():
     assert {'demo', 'test', 'setup'} <= set(named) <= set(targets)
     plan = subprocess.run(['make', '-n', '--no-print-directory', 'demo'], cwd=root, capture_output=True, text=True).stdout
     assert plan.splitlines()[-1].split()[0].endswith('bin/crossfusion_demo')   # which every test run runs, with --quick
+
+
+def test_the_site_prepares(tmp_path):
+    "nbdev's step before Quarto, which runs exported cells and every cell with an import, in a copy"
+    tree = check.copy_tree(tmp_path/'main')
+    env = {**os.environ, 'PYTHONPATH': str(tree), 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1'}
+    r = subprocess.run([sys.executable, '-c', 'from nbdev.serve import proc_nbs\nif __name__ == "__main__": proc_nbs(n_workers=1)'], cwd=tree, env=env, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr[-2000:]
+    assert {f.relative_to('nbs') for f in check.notebooks()} == {p.relative_to(tree/'_proc') for p in (tree/'_proc').rglob('*.ipynb')}

@@ -5,6 +5,7 @@
 # %% ../../nbs/11a_wsi.sharing.ipynb #ef58130f
 from __future__ import annotations
 from collections import deque
+from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -118,7 +119,11 @@ class Pool:
     def _submit(self, f, job):
         from joblib.externals.loky import ProcessPoolExecutor
         self.executor = self.executor or ProcessPoolExecutor(self.n, initializer=_as_worker, initargs=(os.getpid(),))
-        return self.executor.submit(f, *job)
+        try: return self.executor.submit(f, *job)
+        except _killed() as e: # a worker died with an earlier job: this one comes to nothing as that one does
+            o = Future()
+            o.set_exception(e)
+            return o
 
     def close(self):
         if self.executor: self.executor.shutdown(wait=True, kill_workers=bool(self.waiting))
