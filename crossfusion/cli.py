@@ -172,7 +172,7 @@ def train(
     cohort:Path,         # clinical table: patient, slide, duration (months), event; or a TCGA table
     bags:Path,           # folder of bag files, or another tool's features
     out:Path,            # the run folder
-    model:str='crossfusion', # crossfusion, amil, or another of `model_names()`
+    model:str='crossfusion', # crossfusion, amil, or another of `model_names()`; module:object for one of your own
     protocol:str='nested', # who chooses the epoch: nested (a part of the training patients), fixed (nobody), published (the reported ones: optimistic)
     recipe:str='default', # how to train: default or published
     splits:Path=None,    # folder with splits_0.csv ...; default folds of our own
@@ -181,6 +181,9 @@ def train(
     cuts:str='training', # edges of the time bins: from training patients, or published (from all slides, as the published program)
     repeats:int=1,       # times all folds are trained, each time with other weights and, without --splits, other folds
     embed_dim:int=0,     # width of the model; 0 for its own
+    loss:str=None,       # nll, ce, cox, rank, or module:object; default: the recipe's
+    lr:float=0.,         # highest learning rate; 0 for the recipe's
+    gather:int=0,        # bags in a step; 0 for as many as the recipe says; cox and rank want 16 or more
     n_epoch:int=0,       # passes over the training patients; 0 for as many as the recipe says
     bs:int=1,            # bags in a batch; above 1 with --n_patches
     n_patches:int=0,     # 5x patches (coarsest scale) that training samples from each bag, with all in them; 0: all
@@ -199,7 +202,8 @@ def train(
     from crossfusion.training.crossval import cross_validate
     from crossfusion.training.learner import recipe_named
     table,opened = _table_and_bags(cohort, bags, kwargs | dict(layout=layout, mag=mag, encoder=encoder))
-    how = recipe_named(recipe, bs=bs, n_patches=n_patches, **({'n_epoch': n_epoch} if n_epoch else {}))
+    given = dict(n_epoch=n_epoch, loss=loss, lr=lr, gather=gather)
+    how = recipe_named(recipe, bs=bs, n_patches=n_patches, **{k: v for k,v in given.items() if v})
     done = cross_validate(table, opened, out, model, _folds(table, splits, n_folds, seed, by_site, repeats), protocol, how, seed=seed, n_workers=n_workers, ray=ray,
                           gpu_share=gpu_share, cuts=cuts, cache=cache, **({'embed_dim': embed_dim} if embed_dim else {}))
     if done:

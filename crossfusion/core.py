@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #643fbbc7
 from __future__ import annotations
-import errno, hashlib, json, os, random, signal, socket, sys, threading, time, warnings
+import errno, hashlib, importlib, json, os, random, signal, socket, sys, threading, time, warnings
 from contextlib import closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 # %% auto #0
 __all__ = ['MAGS', 'MAG_COLORS', 'LOW_RISK', 'HIGH_RISK', 'ISSUES', 'mag_to_mpp', 'CrossFusionError', 'expect', 'error_line',
            'shell_errors', 'atomic_path', 'write_text', 'json_text', 'write_json', 'read_json', 'derive_seed', 'rng',
-           'set_seed', 'progress', 'in_parallel', 'versions', 'fingerprint', 'RunFolder']
+           'set_seed', 'progress', 'in_parallel', 'imported', 'versions', 'fingerprint', 'RunFolder']
 
 # %% ../nbs/00_core.ipynb #a130fe4b
 MAGS = (5, 10, 20) # coarse, source, fine
@@ -209,6 +209,18 @@ def in_parallel(
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'A worker stopped')      # one that holds much memory is replaced by a new one; no job is lost
         with closing(work(joblib.delayed(f)(*j) for j in jobs)) as results: yield results
+
+# %% ../nbs/00_core.ipynb #6976a13e
+def imported(
+    name:str, # module:object, for instance mine:MyModel for the class MyModel in mine.py
+    what:str='part', # what it is, for the error
+):
+    "An object from Python code; the module is found in the current folder, too"
+    module,_,attribute = name.partition(':')
+    if os.getcwd() not in sys.path: sys.path.append(os.getcwd())
+    try: return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise CrossFusionError(f'{what} {name}: expected {attribute or "an object"} in a Python module {module}, found none ({e}). Is it in this folder, or installed?') from None
 
 # %% ../nbs/00_core.ipynb #2f048ca1
 def versions(

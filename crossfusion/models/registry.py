@@ -6,8 +6,10 @@
 from __future__ import annotations
 from functools import partial
 from inspect import signature
+import torch
 from torch import nn
-from ..core import MAGS, expect
+from ..core import MAGS, expect, imported
+from .attention import toy_batch
 from .crossfusion import CrossFusion
 from .graphs import DeepGraphSurv, PatchGCN
 from .hipt import HIPT
@@ -18,7 +20,7 @@ from .single_scale import AMIL, DSMIL
 from .transmil import TransMIL
 
 # %% auto #0
-__all__ = ['models', 'TABLE_1', 'SMALL', 'model_names', 'model_named', 'small']
+__all__ = ['models', 'TABLE_1', 'SMALL', 'model_names', 'model_maker', 'model_named', 'small', 'check_model']
 
 # %% ../../nbs/47_models.registry.ipynb #92a420f5
 models = dict(crossfusion=CrossFusion, crossfusion_grid=partial(CrossFusion, layout='grid'), crossfusion_concat=partial(CrossFusion, fusion='concat'),
@@ -33,16 +35,23 @@ def model_names() -> list: # of `str`
     "The models that `model_named` knows"
     return list(models)
 
+def model_maker(
+    name:str, # one of `model_names()`, or module:object, a class or a function of one's own
+): # called as maker(n_features, n_bins=..., ...)
+    "What makes the models of that name"
+    expect(name in models or ':' in name, 'model', f'one of {", ".join(models)}, or module:object', repr(name))
+    return models[name] if name in models else imported(name, 'model')
+
 def model_named(
-    name:str,       # one of `model_names()`
+    name:str,       # as for `model_maker`
     n_features:int, # d, width of the features
     **kwargs,       # the model's own settings: n_bins, embed_dim, ...
 ) -> nn.Module: # takes (features, coords), gives (b, n_bins) logits
     "A new, untrained model"
-    expect(name in models, 'model', f'one of {", ".join(models)}', repr(name))
-    options = [o for o in signature(models[name]).parameters if o != 'n_features']
+    make = model_maker(name)
+    options = [o for o in signature(make).parameters if o != 'n_features']
     for o in kwargs: expect(o in options, f'model {name}', f'settings among {", ".join(options)}', repr(o))
-    return models[name](n_features, **kwargs)
+    return make(n_features, **kwargs)
 
 # %% ../../nbs/47_models.registry.ipynb #2ad9e135
 SMALL = dict(dsmil=dict(hidden=32), scmil=dict(embed_dim=64, hidden=64), scmil_random=dict(embed_dim=64, hidden=64),
@@ -50,7 +59,53 @@ SMALL = dict(dsmil=dict(hidden=32), scmil=dict(embed_dim=64, hidden=64), scmil_r
              zoommil=dict(embed_dim=64, hidden=32), mustmil=dict(embed_dim=32, hidden=16), csmil=dict(embed_dim=32, hidden=16), hipt=dict(embed_dim=48, n_layers=2), hipt_none=dict(embed_dim=48))
 
 def small(
-    name:str, # one of `model_names()`
-) -> dict: # settings for `model_named`
+    name:str, # as for `model_maker`
+) -> dict: # settings for `model_named`; none for a model of one's own without `embed_dim`
     "Settings that make a model small enough for a CPU"
-    return SMALL.get(name, dict(embed_dim=64))
+    return SMALL.get(name, dict(embed_dim=64) if 'embed_dim' in signature(model_maker(name)).parameters else {})
+
+# %% ../../nbs/47_models.registry.ipynb #3fee979e
+def _one(d, i, n=None):
+    "Bag i of a batch, its first n patches"
+    return {m: x[i:i+1,:n] for m,x in d.items()}
+
+def _check_attention(expects, model, features, coords):
+    "The stages of a model, after checking what they give"
+    looked = model.attention(features, coords)
+    for stage,d in looked.items():
+        for m,w in d.items():
+            expects(w.shape == (features[m].shape[1],), f'one number per patch from stage {stage} at {m}x, {features[m].shape[1]} in all', tuple(w.shape))
+            expects(not w.requires_grad and bool((w >= 0).all()) and abs(w.sum().item() - 1) < 1e-4, f'attention of stage {stage} at {m}x without gradient, none negative, with sum 1',
+                    f'sum {w.sum():.4g}, least {w.min():.4g}, gradient {w.requires_grad}')
+    return {stage: list(d) for stage,d in looked.items()}
+
+# %% ../../nbs/47_models.registry.ipynb #48c8b203
+def check_model(
+    make,               # a name as for `model_maker`, or what is called as make(n_features, n_bins=..., ...)
+    n_features:int=24,  # d, width of the features
+    n_bins:int=5,       # time bins
+    mags:tuple=MAGS,    # magnifications of the bags
+    **kwargs,           # the model's own settings
+) -> dict: # stage -> magnifications of its attention; empty for a model without
+    "Raise unless a model behaves as training, prediction and maps rely on"
+    def expects(ok, expected, found, tip=''): expect(ok, f'model {make if isinstance(make, str) else getattr(make, "__name__", make)}', expected, found, tip)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        model = model_named(make, n_features, n_bins=n_bins, **kwargs) if isinstance(make, str) else make(n_features, n_bins=n_bins, **kwargs)
+        expects(isinstance(model, nn.Module), 'a torch.nn.Module', type(model).__name__)
+        features,coords = toy_batch(n_features=n_features, b=3, mags=tuple(mags))
+        with torch.no_grad():
+            logits = model.eval()(features, coords)
+            expects(logits.shape == (3, n_bins), f'logits (3, {n_bins}) of 3 bags and {n_bins} bins', tuple(logits.shape))
+            expects(logits.isfinite().all(), 'finite logits', 'NaN or infinity')
+            expects(torch.equal(logits, model(features, coords)), 'the same answer twice in evaluation', 'another one', 'Does it drop out when it is not training?')
+            one_by_one = torch.cat([model(_one(features, i), _one(coords, i)) for i in range(3)])
+            expects(torch.allclose(one_by_one, logits, atol=1e-4), 'a batch to be answered like its bags, one by one', f'logits that differ by {(one_by_one - logits).abs().max():.2g}')
+            expects(model(_one(features, 0, 1), _one(coords, 0, 1)).isfinite().all(), 'finite logits for a bag of one patch per scale', 'NaN or infinity')
+        model.train()(features, coords).square().sum().backward()
+        idle = [k for k,p in model.named_parameters() if p.requires_grad and p.grad is None]
+        expects(not idle, 'a gradient for every parameter', f'none for {", ".join(idle[:5])}', 'Use it, remove it, or freeze it (requires_grad = False).')
+        if not hasattr(model, 'attention'): return {}
+        looked = _check_attention(expects, model, _one(features, 0), _one(coords, 0))
+        expects(model.training, 'a model that still trains after it was asked for attention', 'one in evaluation')
+    return looked

@@ -5,11 +5,11 @@
 # %% ../../nbs/24_survival.cox.ipynb #32346eee
 from __future__ import annotations
 import math
-from inspect import signature
+from inspect import isclass, signature
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import expect
+from ..core import expect, imported
 from .losses import CESurvival, NLLSurvival
 from .outcomes import check_outcomes
 
@@ -88,10 +88,11 @@ class RankLoss(_Compare):
 LOSSES = dict(nll=NLLSurvival, ce=CESurvival, cox=CoxLoss, rank=RankLoss)
 
 def loss_named(
-    name:str,       # one of `LOSSES`
-    alpha:float=0., # for nll and ce, in [0, 1]; the others have none
-) -> nn.Module: # called as loss(logits, target)
+    name:str,       # one of `LOSSES`, or module:object, a class or a function of one's own
+    alpha:float=0., # for nll and ce, in [0, 1], and others that have one
+): # called as loss(logits, target)
     "A loss by its name"
-    expect(name in LOSSES, 'loss', f'one of {", ".join(LOSSES)}', repr(name))
-    cls = LOSSES[name]
-    return cls(alpha=alpha) if 'alpha' in signature(cls).parameters else cls()
+    expect(name in LOSSES or ':' in name, 'loss', f'one of {", ".join(LOSSES)}, or module:object', repr(name))
+    loss = LOSSES[name] if name in LOSSES else imported(name, 'loss')
+    if not isclass(loss): return loss
+    return loss(alpha=alpha) if 'alpha' in signature(loss).parameters else loss()

@@ -14,12 +14,12 @@ from ..bag import Bag
 from ..core import CrossFusionError, RunFolder, expect, read_json, write_json, write_text
 from ..data.cohort import make_folds, match_bags
 from ..data.loaders import bag_inputs
-from ..models.registry import model_names
+from ..models.registry import model_maker
 from ..survival.metrics import compare
 from .crossval import cross_validate, load_fold
 
 # %% auto #0
-__all__ = ['COLUMNS', 'pass_cost', 'cost', 'holm', 'comparison', 'benchmark', 'as_markdown']
+__all__ = ['COLUMNS', 'pass_cost', 'cost', 'holm', 'run_path', 'comparison', 'benchmark', 'as_markdown']
 
 # %% ../../nbs/52_training.benchmark.ipynb #c98431f7
 def _peak_memory(reset=False):
@@ -71,6 +71,13 @@ def holm(
     return out
 
 # %% ../../nbs/52_training.benchmark.ipynb #c09cbd7a
+def run_path(
+    out:str|Path, # folder of a benchmark
+    model:str,    # its name
+) -> Path:
+    "A model's run folder; the colon of module:object is a dot there"
+    return Path(out)/model.replace(':', '.')
+
 def _row(run, name, reference):
     "What a finished run says, beside the reference"
     m,read = read_json(run/'metrics.json'), lambda r: pd.read_csv(r/'predictions.csv', dtype={'patient': str})
@@ -84,12 +91,12 @@ def _row(run, name, reference):
 
 def comparison(
     out:str|Path, # folder with a run folder for each model
-    models:list,  # their names, which are the folders' names
+    models:list,  # their names
     reference:str=None, # compared with the others; None for the first
     problems:dict=None, # model -> why it has no run
 ) -> pd.DataFrame: # a row a model: model, c_index, low, high, difference to the reference with interval, p, p_holm, parameters, seconds, peak_mib, scored, expected, protocol, problem
     "The table of finished runs, best first"
-    problems,runs = problems or {}, {m: RunFolder(Path(out)/m) for m in models}
+    problems,runs = problems or {}, {m: RunFolder(run_path(out, m)) for m in models}
     ref = runs[reference or models[0]] if (reference or models[0]) not in problems else None
     t = pd.DataFrame([_row(runs[m], m, ref) if m not in problems else dict(model=m) for m in models]).reindex(columns=COLUMNS)
     t['problem'] = t.model.map(problems).fillna('')
@@ -105,7 +112,7 @@ def benchmark(
     cohort:pd.DataFrame,   # one row per slide: patient, slide, duration (months), event (True = death observed)
     bags:Mapping,          # slide -> `Bag`
     out:str|Path,          # folder; each model gets a run folder in it
-    models=('crossfusion','amil'), # names of `model_names()`
+    models=('crossfusion','amil'), # names as for `model_maker`
     options:dict=None,     # model -> its settings, for instance {'amil': {'embed_dim': 64}}
     reference:str=None,    # the model that the others are compared with; None for the first
     costs:bool=True,       # measure seconds and memory for the slide of median size
@@ -113,14 +120,14 @@ def benchmark(
 ) -> pd.DataFrame: # of `comparison`; also in comparison.csv and comparison.md
     "Train and score models on the same folds and compare them; run again to go on after a stop"
     models = list(models)
-    for m in {*models, *(options or {}), *([reference] if reference else [])}: expect(m in model_names(), 'models', f'names among {", ".join(model_names())}', repr(m))
+    for m in {*models, *(options or {}), *([reference] if reference else [])}: model_maker(m)
     expect(models and (reference or models[0]) in models, 'reference', f'one of {", ".join(models) or "the models"}', reference)
     kwargs['folds'] = kwargs.get('folds') or make_folds(cohort, seed=kwargs.get('seed', 0))
     problems,found = {}, match_bags(cohort, bags)[0].slide
     for m in models:
         try:
-            cross_validate(cohort, bags, Path(out)/m, m, **kwargs, **(options or {}).get(m, {}))
-            if costs: cost(Path(out)/m, _median_slide(bags, found))
+            cross_validate(cohort, bags, run_path(out, m), m, **kwargs, **(options or {}).get(m, {}))
+            if costs: cost(run_path(out, m), _median_slide(bags, found))
         except CrossFusionError as e: problems[m] = str(e)
     t = comparison(out, models, reference, problems)
     write_text(Path(out)/'comparison.csv', t.to_csv(index=False, float_format='%.6g')); write_text(Path(out)/'comparison.md', as_markdown(t))

@@ -18,13 +18,14 @@ from ..core import CrossFusionError, RunFolder, atomic_path, derive_seed, expect
 from ..data.bags import KeptBags, bags_fingerprint
 from ..data.cohort import CLINICAL, check_folds, make_folds, match_bags, patients_of, published_cuts, split_patients
 from ..data.loaders import bag_inputs, patient_loader, patient_loaders
-from ..models.registry import model_named
+from ..models.registry import check_model, model_named
+from ..survival.cox import loss_named
 from ..survival.added_value import added_value
 from ..survival.evaluation import evaluate
 from ..survival.metrics import compare
 from ..survival.outcomes import cut_points, logits_to_risk, logits_to_survival
 from .callbacks import Checkpoint, NoValidation, SeedEpochs
-from .learner import Recipe, Standardised, fit_recipe, recipe_named, survival_learner
+from .learner import Recipe, Standardised, fit_recipe, head_bias, recipe_named, survival_learner
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'inner_split', 'training_sides', 'predict_patients', 'new_model', 'train_fold', 'cross_validate', 'score',
@@ -155,7 +156,7 @@ def cross_validate(
     cohort:pd.DataFrame,   # one row per slide: patient, slide, duration (months), event (True = death observed)
     bags:Mapping,          # slide -> `Bag`
     out:str|Path,          # the run folder
-    model:str='crossfusion', # a name of `model_names()`
+    model:str='crossfusion', # a name of `model_names()`, or module:object, a model of one's own
     folds:list=None,       # dicts of train and test patients; None makes five, stratified
     protocol:str='nested', # who chooses the epoch
     recipe:str|Recipe='default', # how to train
@@ -176,7 +177,7 @@ def cross_validate(
     has_bag = set(found.patient)
     use = check_folds([{side: [p for p in f[side] if p in has_bag] for side in f} for f in folds], found, 'patients with bags')
     settings,run = _settings(found, bags, folds, model, model_options, protocol, recipe_named(recipe), n_bins, seed, cuts), RunFolder(out)
-    new_model(settings)   # what is wrong with it is said before there is a folder
+    _check_parts(settings)   # what is wrong with them is said before there is a folder
     new = not (run/'config.json').exists()
     run.start(settings)
     write_json(run/'folds.json', folds); _write_table(run/'cohort.csv', cohort); _write_table(run/'missing.csv', missing)
@@ -186,6 +187,13 @@ def cross_validate(
             for f in ('config.json','folds.json','cohort.csv','missing.csv'): (run/f).unlink(missing_ok=True)
         raise
     return None if rank_distrib() else score(run)
+
+def _check_parts(s):
+    "Raise unless there are a model and a loss that can be trained; one of the user's own has to pass `check_model`"
+    model = new_model(s)
+    if ':' in s['model']: check_model(s['model'], s['n_features'], s['n_bins'], s['mags'], **s['model_options'])
+    if s['recipe']['base_rate']: head_bias(model)
+    loss_named(s['recipe']['loss'], s['recipe']['alpha'])
 
 def _train_folds(run, folds, cohort, bags, n_workers, ray='', gpu_share=0.):
     "Train the folds that are not done, `n_workers` at a time or all at once on a cluster"

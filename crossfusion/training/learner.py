@@ -24,14 +24,14 @@ from .callbacks import (AverageWeights, BFloat16, CIndex, ClipGradients, GatherB
 
 # %% auto #0
 __all__ = ['RECIPES', 'SCHEDULES', 'Recipe', 'recipe_named', 'schedule_of', 'Standardised', 'life_table', 'base_rate_',
-           'survival_learner', 'fit_recipe']
+           'head_bias', 'survival_learner', 'fit_recipe']
 
 # %% ../../nbs/50_training.learner.ipynb #0190ff5e
 @dataclass(frozen=True)
 class Recipe:
     "How to train"
     n_epoch:int=15       # passes over the training patients, at most
-    loss:str='nll'       # one of `LOSSES`: nll, ce, cox, rank
+    loss:str='nll'       # nll, ce, cox, rank, or module:object, as in `loss_named`
     alpha:float=0.       # of nll and ce: down-weights censored patients
     lr:float=3e-4        # highest learning rate
     schedule:str='one_cycle' # of the learning rate: one of `SCHEDULES`
@@ -95,7 +95,9 @@ class Standardised(nn.Module):
     def forward(self, features, coords=None, mask=None): # mask: see `pad_items`
         if mask is not None: return torch.cat([self(*bag) for bag in unpad(features, coords, mask)])
         return self.model(self.scaled(features), coords)
-    def attention(self, features, coords=None): return self.model.attention(self.scaled(features), coords)
+    def attention(self, features, coords=None):
+        expect(hasattr(self.model, 'attention'), f'model {type(self.model).__name__}', 'a method attention, for maps', 'none', 'See `check_model` for what it gives.')
+        return self.model.attention(self.scaled(features), coords)
 
     def fast(self, dtype=None): # a copy for prediction, see `CrossFusion.fast`; a model without one stays as it is
         new = deepcopy(self).eval()
@@ -136,14 +138,23 @@ def base_rate_(
     table:pd.DataFrame, # training patients: bin, event
 ) -> nn.Module: # the same model
     "Start the head from the life table of the training patients"
-    h = life_table(table.bin, table.event, len(model.head.bias))
-    model.head.bias.copy_(torch.as_tensor(np.log(h/(1-h))))
+    bias = head_bias(model)
+    h = life_table(table.bin, table.event, len(bias))
+    bias.copy_(torch.as_tensor(np.log(h/(1-h))))
     return model
+
+def head_bias(
+    model:nn.Module, # with a Linear called `head`
+) -> nn.Parameter: # (n_bins,)
+    "The numbers that are the logits of hazards as long as nothing is known"
+    bias = getattr(getattr(model, 'head', None), 'bias', None)
+    expect(isinstance(bias, nn.Parameter), 'model', 'a last layer called head, a Linear with bias', 'none', 'Name it so, or take a recipe with base_rate=False.')
+    return bias
 
 # %% ../../nbs/50_training.learner.ipynb #2a389a96
 def _callbacks(r, loss):
     "The callbacks of a recipe"
-    yield from (SplatInputs(), NameTrouble(), (GatherLogits if loss.compares else GatherBags)(max(1, r.gather//(r.bs*max(1, num_distrib())))), History(), KeepBest(r.choose, r.first_choice))
+    yield from (SplatInputs(), NameTrouble(), (GatherLogits if getattr(loss, 'compares', False) else GatherBags)(max(1, r.gather//(r.bs*max(1, num_distrib())))), History(), KeepBest(r.choose, r.first_choice))
     if r.clip: yield ClipGradients(r.clip)
     if r.patience: yield StopEarly(r.patience)
     if r.average: yield AverageWeights(r.average)
@@ -154,6 +165,7 @@ def survival_learner(
     model:nn.Module,  # `model(features, coords) -> logits (b, n_bins)`; a `Standardised` one learns its scale here
     recipe:str|Recipe='default', # how to train
     cbs=(),           # further fastai callbacks
+    loss_func=None,   # called as loss(logits, target); None for the recipe's
     **kwargs,         # of fastai's `Learner`
 ) -> Learner:
     "A fastai Learner for survival; `fit_recipe` trains it"
@@ -161,7 +173,7 @@ def survival_learner(
     if r.standardise and isinstance(model, Standardised): model.learn_scale(dls.train.dataset[i][0][0] for i in range(len(dls.train.dataset)))
     if r.base_rate: base_rate_(model, dls.train.dataset.table)
     dls.train.balanced = r.balanced
-    opt,loss = partial(Adam, decouple_wd=r.decouple_wd, eps=1e-5 if r.decouple_wd else 1e-8, sqr_mom=.99 if r.decouple_wd else .999), loss_named(r.loss, r.alpha)
+    opt,loss = partial(Adam, decouple_wd=r.decouple_wd, eps=1e-5 if r.decouple_wd else 1e-8, sqr_mom=.99 if r.decouple_wd else .999), loss_func or loss_named(r.loss, r.alpha)
     learn = SurvivalLearner(dls, model, loss_func=loss, opt_func=opt, lr=r.lr, wd=r.wd, metrics=[CIndex()], cbs=[*_callbacks(r, loss), *cbs], **kwargs)
     learn.recorder.add_time,learn.recipe = False, r
     return learn

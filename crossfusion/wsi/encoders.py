@@ -7,12 +7,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-import importlib, inspect, os, re, sys
+import inspect, os, re
 import numpy as np, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..core import CrossFusionError, expect, fingerprint, read_json
+from ..core import CrossFusionError, expect, fingerprint, imported, read_json
 from .networks import Conch, ResNet, fetch_weights, fold_norms, load_weights, optional, randomised, read_state, weights_mark
 
 # %% auto #0
@@ -217,11 +217,7 @@ def imported_encoder(
     **kwargs, # for the function
 ): # an encoder of one's own
     "An encoder from Python code"
-    module,_,attribute = name.partition(':')
-    if os.getcwd() not in sys.path: sys.path.append(os.getcwd())
-    try: made = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as e:
-        raise CrossFusionError(f'encoder {name}: expected {attribute} in a Python module {module}, found none ({e}). Is it in this folder, or installed?') from None
+    made = imported(name, 'encoder')
     return made if hasattr(made, 'n_features') and not inspect.isclass(made) else made(**kwargs)
 
 # %% ../../nbs/11_wsi.encoders.ipynb #9e61db5a
