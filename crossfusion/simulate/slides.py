@@ -20,7 +20,7 @@ from .bags import simulate_followup
 __all__ = ['TUMOUR', 'ATYPIA', 'OUTSIDE', 'MPP', 'CELL', 'SLIDE_PX', 'LATTICE', 'LUMEN', 'EPITHELIUM', 'GLASS', 'HAEMATOXYLIN',
            'EOSIN', 'N_DEPTHS', 'N_SHAPES', 'N_ANGLES', 'PAINTER', 'log_burden', 'simulate_patients', 'random_field',
            'highest', 'tissue_map', 'architecture', 'place_nuclei', 'choose_atypical', 'SlidePlan', 'plan_slide',
-           'stain_colors', 'stain_profiles', 'nucleus_stamps', 'paint_slide', 'write_slide', 'slide_table',
+           'stain_colors', 'stain_profiles', 'nucleus_stamps', 'paint_slide', 'write_slide', 'write_scn', 'slide_table',
            'simulate_slides', 'slide_truth']
 
 # %% ../../nbs/03_simulate.slides.ipynb #09d20da6
@@ -278,6 +278,35 @@ def write_slide(
         for k in (1,4,16):
             t.write(np.asarray(small.reduce(k)) if k > 1 else image, tile=(256,256), photometric='rgb', compression='jpeg', compressionargs=dict(level=quality),
                     subsampling=(2,2), subfiletype=int(k > 1), resolution=(1e4/(mpp*k),)*2, resolutionunit='CENTIMETER', metadata=None)
+
+# %% ../../nbs/03_simulate.slides.ipynb #3b652006
+def _scn_image(name, view, levels, first, objective):
+    "One image of an SCN: `view` is width, height, left and top in nm, `levels` are shapes, `first` the number of the first one's page"
+    pages = ''.join(f'<dimension sizeX="{w}" sizeY="{h}" r="{k}" ifd="{first+k}"/>' for k,(h,w) in enumerate(levels))
+    return (f'<image name="{name}"><creationDate>2026-01-01T00:00:00Z</creationDate><device model="painted"/><pixels sizeX="{levels[0][1]}" sizeY="{levels[0][0]}">{pages}</pixels>'
+            '<view sizeX="{:.0f}" sizeY="{:.0f}" offsetX="{:.0f}" offsetY="{:.0f}" spacingZ="0"/>'.format(*view) +
+            f'<scanSettings><objectiveSettings><objective>{objective}</objective></objectiveSettings><illuminationSettings><numericalAperture>0.4</numericalAperture>'
+            '<illuminationSource>brightfield</illuminationSource></illuminationSettings></scanSettings></image>')
+
+def write_scn(
+    path:str|Path,    # ends in .scn
+    image:np.ndarray, # (h, w, 3) uint8, the scanned part
+    offset:tuple,     # (x, y), where it begins on the glass, px of the image
+    glass:tuple,      # (width, height) of the glass, px of the image
+    mpp:float=MPP,    # um per pixel
+):
+    "Write a picture as a Leica SCN that is a part of a larger glass, whole or not at all"
+    small,nm = Image.fromarray(image), 1000*mpp
+    levels = [image, np.asarray(small.reduce(4))]
+    overview = np.full((glass[1]//16, glass[0]//16, 3), 240, np.uint8)
+    size,shapes = (glass[0]*nm, glass[1]*nm), [o.shape[:2] for o in levels]
+    xml = ('<?xml version="1.0"?><scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01"><collection sizeX="{:.0f}" sizeY="{:.0f}">'.format(*size) +
+           _scn_image('glass', (*size,0,0), [overview.shape[:2]], 0, .6) +
+           _scn_image('part', (image.shape[1]*nm, image.shape[0]*nm, offset[0]*nm, offset[1]*nm), shapes, 1, 20) + '</collection></scn>')
+    with atomic_path(path) as part, tifffile.TiffWriter(part, bigtiff=True) as t:
+        for k,page in enumerate((overview, *levels)):
+            t.write(page, tile=(256,256), photometric='rgb', compression='jpeg', resolution=(1e4/(mpp*(16,1,4)[k]),)*2, resolutionunit='CENTIMETER',
+                    description=xml if k == 0 else None, metadata=None)
 
 # %% ../../nbs/03_simulate.slides.ipynb #381bf05f
 PAINTER = 1 # raised when the same settings would give other slides

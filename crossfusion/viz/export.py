@@ -46,6 +46,7 @@ def patch_features(
     attention:dict, # {stage: {mag: (n,)}}
     mags:tuple=None, # magnifications whose patches are wanted; None for all
     color_by:str=None, # stage that colours the patches; None for the last one of each magnification
+    origin:tuple=(0,0), # level-0 px that is (0, 0) in the file, see `Slide.origin`
 ): # yields GeoJSON features, one per patch
     "Patches as QuPath's tiles, with scores by stage, in times the average patch"
     expect(not color_by or color_by in attention, f'{bag.slide} as GeoJSON', f'a stage of this model: {", ".join(attention)}', color_by)
@@ -54,7 +55,7 @@ def patch_features(
         tint = scores.get(color_by) if color_by else next(reversed(scores.values()), None)
         colors = (plt.get_cmap(CMAPS['rank'])(scale_scores(tint)[0])[:,:3]*255).round().astype(int).tolist() if tint is not None else None
         units = {s: in_units(x)[0].tolist() for s,x in scores.items()}
-        rings = patch_rings(bag.coords[mag], bag.patch_px_level0(mag)).round(2).tolist()
+        rings = patch_rings(bag.coords[mag] - np.array(origin), bag.patch_px_level0(mag)).round(2).tolist()
         for row,(ring,parent) in enumerate(zip(rings, _parents(bag, mag).tolist())):
             above = dict(parent=patch_id(bag.slide, bag.mags[bag.mags.index(mag)-1], parent)) if parent >= 0 else {}
             properties = dict(objectType='tile', object_type='tile', name=f'{mag}x {row}', classification=dict(name=f'{mag}x'),
@@ -68,7 +69,7 @@ def write_geojson(
     path:str|Path,  # file to write
     bag:Bag,        # the bag
     attention:dict, # {stage: {mag: (n,)}}
-    **kwargs,       # of `patch_features`: mags, color_by
+    **kwargs,       # of `patch_features`: mags, color_by, origin
 ) -> Path:
     "Write every patch as a polygon with its scores, for QuPath: drag the file onto the open slide"
     expect(bag.placed, f'{bag.slide} as GeoJSON', 'a bag that knows where its patches lie', 'one without coordinates', 'Extract the slide again.')
@@ -182,7 +183,7 @@ def write_exports(
     with slide_and_bag(slide, bags, mpp) as (s,bag):
         seen = attention(run, bag)
         maps,out = list_maps(seen, stages), Path(out or run/'figures'/s.name)
-        files = [write_geojson(out/f'{s.name}.geojson', bag, {st: seen[st] for st,*_ in maps}, mags=sorted({m for _,m,_ in maps})), out/f'{s.name}_top.csv']
+        files = [write_geojson(out/f'{s.name}.geojson', bag, {st: seen[st] for st,*_ in maps}, mags=sorted({m for _,m,_ in maps}), origin=s.origin), out/f'{s.name}_top.csv']
         write_text(files[1], top_patches(bag, seen, stages=stages).to_csv(index=False, float_format='%.6g'))
         for st,mag,scores in maps:
             files.append(write_overlay(out/f'{s.name}_{st}_{mag}x.tiff', s, bag, scores, mag, scale, shrink))

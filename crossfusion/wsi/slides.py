@@ -207,6 +207,12 @@ class Slide:
     def __repr__(self):
         return f'Slide({self.name}: {self.width} x {self.height} px of {self.mpp:.4g} um ({self.mpp_source}), {len(self.file.level_downsamples)} levels)'
 
+# %% ../../nbs/10_wsi.slides.ipynb #afd059d0
+@patch(as_prop=True)
+def origin(self:Slide) -> tuple: # (x, y), level-0 px
+    "Where the scanned part begins; (0, 0) where the file does not say"
+    return tuple(int(_number(self.file.properties.get(f'openslide.bounds-{o}')) or 0) for o in 'xy')
+
 # %% ../../nbs/10_wsi.slides.ipynb #de85b889
 def _level_for(downsamples, wanted):
     "The coarsest level that is fine enough, within one percent"

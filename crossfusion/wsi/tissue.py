@@ -121,6 +121,8 @@ def _read_geojson(path, slide, max_px):
     expect(polygons, str(path), 'polygons of tissue', 'none', 'Points and lines do not enclose anything.')
     try:
         scale = min(1, max_px/max(slide.width, slide.height))
+        at = np.array(getattr(slide, 'origin', (0,0)))
+        polygons = [[np.array([p[:2] for p in ring], float) + at for ring in rings] for rings in polygons]
         mask = draw_polygons(polygons, (max(1, round(slide.height*scale)), max(1, round(slide.width*scale))), scale)
     except (TypeError, ValueError): raise CrossFusionError(f'{path}: expected rings of at least two points [x, y], found something else.') from None
     expect(mask.any(), str(path), f'polygons within {slide.width} x {slide.height}, in level-0 pixels', 'none of them there',
